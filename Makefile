@@ -1,0 +1,56 @@
+# PocketLM: from a PyTorch language model to a bundle proved on the runtimes that phones use.
+# `make` lists the targets. Nothing but Python 3.11 and make is needed; the rest goes into .venv from pinned versions.
+
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/pocketlm
+READY := $(VENV)/.ready
+export PYTHONDONTWRITEBYTECODE ?= 1
+
+# What a person may give: make android-bundle MODEL=... RECIPE=... CALIBRATION=... EVALUATION=... OUT=... SET="a.b=1 c.d=2"
+GIVEN := $(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(CALIBRATION),--calibration "$(CALIBRATION)") \
+         $(if $(EVALUATION),--evaluation "$(EVALUATION)") $(foreach pair,$(SET),--set "$(pair)")
+PLACE := $(if $(OUT),--out "$(OUT)")
+
+.DEFAULT_GOAL := help
+.PHONY: help android-bundle device-test test bench demo-model readme lint format clean python-3.11
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
+
+android-bundle: $(READY)  ## model to bundle: MODEL= RECIPE= CALIBRATION= EVALUATION= OUT= SET="key=value ..." (no MODEL: the demo model)
+	@$(RUN) bundle $(GIVEN) $(PLACE)
+
+device-test: $(READY)  ## measure the artifacts again on this machine and judge them; the same variables as android-bundle
+	@$(RUN) test $(GIVEN) $(PLACE)
+
+test: $(READY) lint  ## run all tests
+	@$(VENV)/bin/python -m pytest
+
+bench: $(READY)  ## each artifact against eager PyTorch and fp32 ONNX Runtime, as ratios of one run
+	@$(RUN) bench $(GIVEN)
+
+demo-model: $(READY)  ## train the demo model again from nothing; resumes where it stopped
+	@$(VENV)/bin/python -m models.train_demo $(DEMO_OPTIONS)
+
+readme: $(READY)  ## write the README's tables from the newest bundle of the demo model
+	@$(VENV)/bin/python -m pipeline.readme
+
+lint: $(READY)
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check --quiet . || { echo "make format mends what can be mended"; exit 1; }
+
+format: $(READY)  ## format the sources
+	@$(VENV)/bin/ruff check --fix --quiet . ; $(VENV)/bin/ruff format .
+
+clean:  ## remove the environment, cached stages and bundles
+	rm -rf $(VENV) .pocketlm dist
+
+$(READY): constraints.txt pyproject.toml | python-3.11
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@$(VENV)/bin/pip check --quiet 2>/dev/null || $(VENV)/bin/pip check
+	@touch $(READY)
+
+python-3.11:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 is needed, and '$(PYTHON)' is not it ($$($(PYTHON) --version 2>&1 | head -n 1)); install it, or name it: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }

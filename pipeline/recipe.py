@@ -1,0 +1,125 @@
+"""The recipe: one TOML file that says all that a run does. Validated as a whole, every fault told at once."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from exporters.settings import OnnxInt8Settings, OnnxSettings, TfliteInt8Settings, TfliteSettings, TokenizerSettings
+from models.errors import UserError
+from models.settings import CheckpointSettings, StageSettings, TextSettings
+from pipeline.settings import DeviceSettings, Gate, GoldenSettings, PruneSettings, RecoverSettings, SmoothSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_RECIPE = ROOT / "pipeline" / "recipes" / "default.toml"
+DEMO = ROOT / "models" / "demo"
+DEMO_TEXTS = {"calibration": DEMO / "data" / "calibration.txt", "evaluation": DEMO / "data" / "heldout.txt"}
+
+
+class Gates(StageSettings):
+    """The limits of each artifact, in every runtime that it runs in."""
+
+    onnx_fp32: Gate = Gate()
+    onnx_static_int8: Gate = Gate()
+    tflite_fp32: Gate = Gate()
+    tflite_static_int8: Gate = Gate()
+
+
+class Recipe(StageSettings):
+    """Every stage's settings under the stage's name, the gates, and how devices measure."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="the bundle is <name>-android-bundle")]
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    text: TextSettings = TextSettings()
+    prune: PruneSettings = PruneSettings()
+    recover: RecoverSettings = RecoverSettings()
+    smooth: SmoothSettings = SmoothSettings()
+    golden: GoldenSettings = GoldenSettings()
+    onnx: OnnxSettings = OnnxSettings()
+    onnx_int8: OnnxInt8Settings = OnnxInt8Settings()
+    tflite: TfliteSettings = TfliteSettings()
+    tflite_int8: TfliteInt8Settings = TfliteInt8Settings()
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    device: DeviceSettings = DeviceSettings()
+    gates: Gates = Gates()
+
+
+def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
+    """Read a recipe and put ``table.key=value`` overrides over it.
+
+    ``path`` None is the default recipe. Where nothing names a checkpoint, it is the demo model with its own texts.
+    Raises UserError that lists every fault, each with key, value and what would be right.
+    """
+    values = read_toml(path or DEFAULT_RECIPE)
+    for override in overrides:
+        put(values, override)
+    source = values.setdefault("checkpoint", {}).get("source")
+    if source is None:
+        values["checkpoint"]["source"] = str(DEMO)
+        values["text"] = {**DEMO_TEXTS, **values.get("text", {})}
+    values.setdefault("name", bundle_name(str(source or DEMO)))
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(told(error, path)) from error
+
+
+def told(error: ValidationError, path: Path | None) -> str:
+    """One line for each fault, behind a line that says where they are."""
+    faults = []
+    for fault in error.errors():
+        key = ".".join(str(step) for step in fault["loc"])
+        value = "" if fault["type"] in ("missing", "extra_forbidden") else f" = {fault['input']!r}"
+        message = "no such key; see `pocketlm plan --json` for all keys" if fault["type"] == "extra_forbidden" else fault["msg"]
+        faults.append(f"{key}{value}: {message}")
+    where = path.name if path else "the recipe"
+    return "\n".join([f"{where}: {len(faults)} fault{'s' if len(faults) > 1 else ''}; mend and run again", *faults])
+
+
+def read_toml(path: Path) -> dict:
+    """Parse a TOML file. Raises UserError when there is none or when it is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such recipe; give a TOML file or leave the option out") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as TOML: {error}; mend it and run again") from error
+
+
+def put(values: dict, override: str) -> None:
+    """Put one ``table.key=value`` into nested ``values``. The value is read as TOML, and as a plain string where it is none."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override}: write it as key=value, such as prune.sparsity=0.5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override}: {table} is a value, not a table; see `pocketlm plan --json` for all keys")
+    values[last] = value
+
+
+def bundle_name(source: str) -> str:
+    """A name for files from a folder or a hub id: its last part in lower case."""
+    tail = Path(source).name or Path(source).resolve().name
+    cleaned = re.sub(r"[^a-z0-9._-]", "-", tail.lower())
+    return cleaned.strip("._-")[:64] or "model"
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The whole recipe as TOML, defaults included, with paths reduced to their names: it travels in the bundle."""
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    source = Path(recipe.checkpoint.source)
+    if source.exists():
+        values["checkpoint"]["source"] = source.resolve().name
+    for field in ("calibration", "evaluation"):
+        if field in values["text"]:
+            values["text"][field] = Path(values["text"][field]).name
+    return tomli_w.dumps(values)

@@ -1,0 +1,199 @@
+"""Runs the stages: finds what is there already, does what is missing, each result whole or absent.
+
+A result lives in ``<work>/<stage>/<key>/``. It is made in ``<key>.draft/`` by a process of its own and renamed into
+place, so a kill loses one stage at most; what a stage keeps in ``<key>.draft/.resume/`` outlives the kill. A lock per key
+lets two runs at once end with one result. Failures are never kept.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from models.errors import GateError, UserError
+from models.progress import PROGRESS_FD
+from pipeline.fingerprint import ROOT, difference, key_of, parts_of
+from pipeline.recipe import Recipe
+from pipeline.stages import STAGES, Stage
+
+RECORD = "stage.json"
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "PYTHONHASHSEED": "0"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One stage of a plan: where its result is or will be, and why it has to run (no reasons: it is there)."""
+
+    stage: Stage
+    key: str
+    parts: dict
+    folder: Path
+    reasons: tuple[str, ...]
+
+    @property
+    def cached(self) -> bool:
+        return not self.reasons
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What a stage cost: wall seconds and peak resident MiB of its process, both of the run that made the result."""
+
+    stage: str
+    seconds: float
+    peak_rss_mb: float
+    cached: bool
+
+
+def plan(recipe: Recipe, work: Path) -> list[Planned]:
+    """Every stage with its key, in order. Nothing is run; only the inputs outside the road are read."""
+    planned, keys = [], {}
+    for stage in STAGES:
+        inputs = {keyword: keys[name] for keyword, name in stage.inputs.items()}
+        parts = parts_of(stage, getattr(recipe, stage.name), inputs)
+        keys[stage.name] = key = key_of(stage, parts)
+        folder = work / stage.name / key
+        reasons = () if (folder / RECORD).is_file() else tuple(why(folder.parent, parts))
+        planned.append(Planned(stage, key, parts, folder, reasons))
+    return planned
+
+
+def why(stage_folder: Path, parts: dict) -> list[str]:
+    """What differs from the newest result of the same stage."""
+    records = sorted(stage_folder.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
+    if not records:
+        return ["never run"]
+    return difference(json.loads(records[-1].read_text())["parts"], parts) or ["an older result with the same parts is gone"]
+
+
+def run_stages(recipe: Recipe, work: Path, tell: Callable[[str, str], None]) -> tuple[dict[str, Path], list[StageRun]]:
+    """Run what is missing, in order.
+
+    ``tell(stage, state)`` is called with ``runs`` before and ``ran`` or ``cached`` after each stage.
+    Returns the folder of every stage and what each cost. Raises UserError and GateError as the stages do.
+    """
+    folders, runs = {}, []
+    for item in plan(recipe, work):
+        name = item.stage.name
+        if not item.cached:
+            tell(name, "runs")
+        made = make(item, getattr(recipe, name), {keyword: folders[source] for keyword, source in item.stage.inputs.items()})
+        folders[name] = item.folder
+        record = json.loads((item.folder / RECORD).read_text())
+        runs.append(StageRun(name, record["seconds"], record["peak_rss_mb"], cached=not made))
+        tell(name, f"ran {record['seconds']:.1f} s, {record['peak_rss_mb']:.0f} MB" if made else "cached")
+    return folders, runs
+
+
+def make(item: Planned, settings, inputs: dict[str, Path]) -> bool:
+    """Make one stage's result unless it is there. Returns whether this call made it."""
+    item.folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(item.folder.with_suffix(".lock")):
+        if (item.folder / RECORD).is_file():
+            return False
+        draft = fresh_draft(item.folder.with_suffix(".draft"))
+        started = time.perf_counter()
+        outcome = run_process(item.stage, settings, draft, inputs)
+        raise_failure(item.stage.name, outcome, draft)
+        shutil.rmtree(draft / ".resume", ignore_errors=True)
+        record = {
+            "stage": item.stage.name,
+            "key": item.key,
+            "parts": item.parts,
+            "seconds": round(time.perf_counter() - started, 3),
+            "peak_rss_mb": outcome["peak_rss_mb"],
+        }
+        (draft / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        draft.rename(item.folder)
+        return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock; the kernel drops it when its holder dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def fresh_draft(draft: Path) -> Path:
+    """An empty draft folder, except for what an interrupted run of the same stage left to resume from."""
+    draft.mkdir(exist_ok=True)
+    for item in draft.iterdir():
+        if item.name == ".resume":
+            continue
+        shutil.rmtree(item) if item.is_dir() else item.unlink()
+    return draft
+
+
+def run_process(stage: Stage, settings, draft: Path, inputs: dict[str, Path]) -> dict:
+    """Run a stage in a fresh process; its output goes to a log beside the draft. Returns what the process said at its end."""
+    log, said = draft.with_suffix(".log"), draft.with_suffix(".said.json")
+    said.unlink(missing_ok=True)
+    order = {
+        "module": stage.module,
+        "settings_class": [type(settings).__module__, type(settings).__name__],
+        "settings": settings.model_dump(mode="json"),
+        "out": str(draft),
+        "inputs": {keyword: str(path) for keyword, path in inputs.items()},
+        "said": str(said),
+    }
+    terminal = os.dup(sys.__stderr__.fileno())
+    environment = {**os.environ, **QUIET, PROGRESS_FD: str(terminal)}
+    try:
+        with log.open("wb") as file:
+            process = subprocess.run(
+                [sys.executable, "-m", "pipeline.stage_process", json.dumps(order)],
+                cwd=Path.cwd(), env=with_our_path(environment), stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+                pass_fds=(terminal,), check=False,
+            )  # fmt: skip
+    finally:
+        os.close(terminal)
+    outcome = json.loads(said.read_text()) if said.is_file() else {"ended": "died", "message": died(process.returncode)}
+    said.unlink(missing_ok=True)
+    if outcome["ended"] == "done":
+        log.unlink()
+    return {**outcome, "log": log}
+
+
+def with_our_path(environment: dict[str, str]) -> dict[str, str]:
+    """The same environment, in which a child process finds the packages of this repository first."""
+    found = environment.get("PYTHONPATH")
+    return {**environment, "PYTHONPATH": os.pathsep.join([str(ROOT), *([found] if found else [])])}
+
+
+def died(code: int) -> str:
+    """How a process ended that said nothing."""
+    if code == -9:
+        return "the system killed it, most likely for want of memory; close other programs or take a smaller model, then run again"
+    return f"its process ended with code {code} and said nothing"
+
+
+def raise_failure(name: str, outcome: dict, draft: Path) -> None:
+    """Turn what a stage said at its end into the error that the person sees."""
+    if outcome["ended"] == "done":
+        return
+    resumable = (draft / ".resume").is_dir()
+    if not resumable:
+        shutil.rmtree(draft, ignore_errors=True)
+    message = f"{name}: {outcome['message']}"
+    if outcome["ended"] == "user":
+        raise UserError(message)
+    if outcome["ended"] == "gate":
+        raise GateError(message)
+    raise StageDied(f"{message}; the whole story is in {outcome['log']}")
+
+
+class StageDied(Exception):
+    """A stage broke in a way that nobody foresaw: a bug, or a machine out of memory."""
+
+
+def as_rows(runs: list[StageRun]) -> list[dict]:
+    return [asdict(run) for run in runs]

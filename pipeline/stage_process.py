@@ -1,0 +1,71 @@
+"""The fresh process in which one stage runs: ``python -m pipeline.stage_process '<order as JSON>'``.
+
+It writes how it ended to the file that the order names: ``done`` with its peak memory, ``user`` or ``gate`` with the
+message of the error, ``bug`` with the exception.
+"""
+
+import ctypes
+import errno
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from models.errors import GateError, UserError
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process in MiB: VmHWM, which unlike ``ru_maxrss`` knows nothing of the parent."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return round(int(line.split()[1]) / 1024, 1)
+    raise RuntimeError("/proc/self/status has no VmHWM line")
+
+
+def run(order: dict) -> dict:
+    """Run the stage that ``order`` names and return how it ended."""
+    try:
+        random.seed(0)
+        module, name = order["settings_class"]
+        settings = getattr(importlib.import_module(module), name).model_validate(order["settings"])
+        inputs = {keyword: Path(path) for keyword, path in order["inputs"].items()}
+        importlib.import_module(order["module"]).run(settings, Path(order["out"]), **inputs)
+        return {"ended": "done", "peak_rss_mb": peak_rss_mb()}
+    except UserError as error:
+        return {"ended": "user", "message": str(error)}
+    except GateError as error:
+        return {"ended": "gate", "message": str(error)}
+    except OSError as error:
+        traceback.print_exc()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return {"ended": "user", "message": "no room left on the disk; free some and run again, finished stages are kept"}
+        return {"ended": "bug", "message": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # the border of the process: whatever it is, it is told to the parent and logged whole
+        traceback.print_exc()
+        first_line = (str(error).splitlines() or [""])[0]
+        return {"ended": "bug", "message": f"{type(error).__name__}: {first_line}"}
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the runner dies: two writers in one draft folder would mix their results."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def main() -> None:
+    die_with_parent()
+    order = json.loads(sys.argv[1])
+    outcome = run(order)
+    Path(order["said"]).write_text(json.dumps(outcome))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Some of the libraries crash in their exit handlers; the result is written, so nothing is left to do.
+    os._exit(0 if outcome["ended"] == "done" else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Recipes: every fault told at once, overrides win, and the recipe that travels can be read again."""
+
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.errors import UserError
+from pipeline.recipe import DEMO, DEMO_TEXTS, bundle_name, load_recipe, recipe_toml
+
+
+def test_default_recipe_is_the_demo_model_with_its_own_texts():
+    recipe = load_recipe(None, [])
+    assert recipe.name == "demo" and recipe.checkpoint.source == str(DEMO)
+    assert recipe.text.calibration == DEMO_TEXTS["calibration"]
+    assert recipe.gates.onnx_static_int8.perplexity_change == 0.003
+
+
+def test_another_checkpoint_does_not_borrow_the_demo_texts():
+    recipe = load_recipe(None, ["checkpoint.source=some/Folder-1.5B"])
+    assert recipe.text.calibration is None and recipe.name == "folder-1.5b"
+
+
+def test_all_faults_at_once(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text('[prune]\nsparsity = 1.5\nffn = "half"\ntypo = 1\n[nowhere]\nx = 1\n')
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, ["text.window_tokens=3"])
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("bad.toml: 5 faults")
+    told = "\n".join(lines[1:])
+    for key in ("prune.sparsity = 1.5", "prune.ffn = 'half'", "prune.typo", "nowhere", "text.window_tokens = 3"):
+        assert key in told
+
+
+@pytest.mark.parametrize("override", ["sparsity", "=3", "prune.sparsity.more=1"])
+def test_an_override_that_cannot_be_placed_is_refused(override):
+    with pytest.raises(UserError):
+        load_recipe(None, ["prune.sparsity=0.1", override])
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(UserError, match="no such recipe"):
+        load_recipe(tmp_path / "none.toml", [])
+    (tmp_path / "broken.toml").write_text("[prune\n")
+    with pytest.raises(UserError, match="not readable as TOML"):
+        load_recipe(tmp_path / "broken.toml", [])
+
+
+def test_the_travelling_recipe_names_no_path_and_says_everything(tmp_path):
+    text = recipe_toml(load_recipe(None, ["prune.ffn=0.5"]))
+    values = tomllib.loads(text)
+    assert str(DEMO.parent) not in text
+    assert values["prune"]["ffn"] == 0.5 and values["text"]["evaluation"] == "heldout.txt"
+    (tmp_path / "again.toml").write_text(text)
+    assert load_recipe(tmp_path / "again.toml", []).prune.ffn == 0.5
+
+
+@given(st.text())
+def test_any_source_gives_a_name_that_the_recipe_accepts(source):
+    name = bundle_name(source)
+    assert load_recipe(None, [f'name="{name}"']).name == name
