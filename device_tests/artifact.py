@@ -1,0 +1,99 @@
+"""An artifact as its JSON sidecar describes it, with every byte checked before a runtime may open it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePath
+
+from device_tests.errors import DeviceTestError
+
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Interface:
+    """The sizes that a host loop needs. ``prefill_tokens`` is the chunk of a TFLite prefill, None where chunks are free."""
+
+    vocab_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    context_tokens: int
+    prefill_tokens: int | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One exported model file: ``format`` is onnx or tflite, ``sha256`` that of the model file."""
+
+    name: str
+    format: str
+    path: Path
+    sha256: str
+    bytes: int
+    interface: Interface
+
+
+def read_artifact(sidecar: Path) -> Artifact:
+    """Read the sidecar and check length and SHA-256 of every file it names.
+
+    DeviceTestError names the file that is missing or differs. Reading also warms the page cache: load times are warm ones.
+    """
+    record = read_json(sidecar, "the artifact's JSON")
+    try:
+        named = [(str(file["path"]), str(file["sha256"]), int(file["bytes"])) for file in record["files"]]
+        interface = Interface(**{field.name: record["interface"][field.name] for field in fields(Interface)})
+        name, form, main = str(record["name"]), str(record["format"]), str(record["file"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DeviceTestError(f"{sidecar}: no sidecar of an artifact ({error!r}); give the JSON beside the model file") from error
+    sizes = [interface.vocab_size, interface.layers, interface.kv_heads, interface.head_dim, interface.context_tokens]
+    sizes += [interface.prefill_tokens] if form == "tflite" else []
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise DeviceTestError(f"{sidecar}: its interface has a size that is no positive number; export the artifact again")
+    if main not in [path for path, _, _ in named]:
+        raise DeviceTestError(f"{sidecar}: {main} is not among its files; export the artifact again")
+    for path, sha256, size in named:
+        _check_file(sidecar.parent, path, sha256, size)
+    digests = {path: sha256 for path, sha256, _ in named}
+    return Artifact(name, form, sidecar.parent / main, digests[main], sum(size for _, _, size in named), interface)
+
+
+def read_json(path: Path, what: str) -> dict:
+    """A JSON object from a file. DeviceTestError when it is missing or no JSON object."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DeviceTestError(f"{path}: cannot be read ({error.strerror}); give {what}") from error
+    except ValueError as error:
+        raise DeviceTestError(f"{path}: is not JSON ({error}); give {what}") from error
+    if not isinstance(record, dict):
+        raise DeviceTestError(f"{path}: holds no JSON object; give {what}")
+    return record
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(BLOCK_BYTES), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_file(folder: Path, name: str, sha256: str, size: int) -> None:
+    if PurePath(name).name != name:
+        raise DeviceTestError(f"{name}: an artifact's files lie beside its JSON; export the artifact again")
+    path = folder / name
+    try:
+        found = path.stat().st_size
+        digest = sha256_of(path) if found == size else ""
+    except OSError as error:
+        raise DeviceTestError(f"{path}: cannot be read ({error.strerror}); copy the artifact again") from error
+    if found != size:
+        raise DeviceTestError(f"{path}: {found} bytes, its JSON says {size}; copy the artifact again")
+    if digest != sha256:
+        raise DeviceTestError(f"{path}: SHA-256 {digest[:12]}… differs from its JSON ({sha256[:12]}…); copy the artifact again")

@@ -1,0 +1,99 @@
+"""ONNX Runtime: past and present of every layer are bound to one buffer of the whole context, written in place.
+
+The graph's GroupQueryAttention appends to the buffer and takes the real length from the attention mask, so that a step copies
+neither the cache nor, but for one row after a prompt, the logits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from device_tests.artifact import Artifact, Interface
+from device_tests.errors import ArtifactFailure
+from device_tests.sessions import check_room, check_tokens
+
+PROMPT_LOGITS_BYTES = 128 << 20  # the graph gives logits of every prompt token: prompts go in chunks whose logits stay below this
+
+
+class OnnxSession:
+    """A model of the ONNX tensor contract with its cache, batch 1."""
+
+    def __init__(self, artifact: Artifact, session, ort) -> None:
+        """``session`` is an InferenceSession, ``ort`` the onnxruntime module."""
+        self.interface: Interface = artifact.interface
+        self.position = 0
+        self._name = artifact.name
+        self._session = session
+        self._binding = session.io_binding()
+        sizes = self.interface
+        self._chunk = max(1, PROMPT_LOGITS_BYTES // (4 * sizes.vocab_size))
+        self._token = np.zeros((1, 1), dtype=np.int64)
+        self._ones = np.ones((1, sizes.context_tokens), dtype=np.int64)
+        self._step_logits = np.zeros((1, 1, sizes.vocab_size), dtype=np.float32)
+        self._caches = []
+        for layer in range(sizes.layers):
+            for kind in ("key", "value"):
+                cache = np.zeros((1, sizes.kv_heads, sizes.context_tokens, sizes.head_dim), dtype=np.float32)
+                value = ort.OrtValue.ortvalue_from_numpy(cache)  # shares the memory of the array
+                self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", value)
+                self._binding.bind_ortvalue_output(f"present.{layer}.{kind}", value)
+                self._caches.append((cache, value))
+        self._step_bound = False
+
+    def prefill(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits ``[vocab]`` after the last of ``tokens`` int ``[n]``."""
+        ids = check_tokens(tokens, self.interface)
+        check_room(self.position, ids.size, self.interface)
+        self._step_bound = False
+        for start in range(0, ids.size, self._chunk):
+            chunk = np.ascontiguousarray(ids[None, start : start + self._chunk])  # [1, n]
+            logits = np.empty((1, chunk.shape[1], self.interface.vocab_size), dtype=np.float32)
+            self._run(chunk, logits)
+        return logits[0, -1].copy()
+
+    def step(self, token: int) -> np.ndarray:
+        """Logits ``[vocab]`` after one more token; a view that the next step overwrites."""
+        check_room(self.position, 1, self.interface)
+        self._token[0, 0] = check_tokens(token, self.interface)[0]
+        if self._step_bound:
+            self._run_bound(1)
+        else:
+            self._run(self._token, self._step_logits)
+            self._step_bound = True
+        return self._step_logits[0, 0]
+
+    def reset(self) -> None:
+        """Forget the cache: what lies beyond the mask is never read."""
+        self.position = 0
+
+    def _run(self, ids: np.ndarray, logits: np.ndarray) -> None:
+        self._binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
+        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._run_bound(ids.shape[1])
+
+    def _run_bound(self, new_tokens: int) -> None:
+        length = self.position + new_tokens
+        self._binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, length), self._ones.ctypes.data)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # every error of the runtime is a class of its own below Exception
+            raise ArtifactFailure(f"onnxruntime could not run {self._name} at token {self.position}: {error}") from error
+        self.position = length
+
+
+def open_model(artifact: Artifact, ort, threads: int) -> OnnxSession:
+    """Open with CPU kernels and ``threads`` intra-op threads. ArtifactFailure when it cannot be opened or has other tensors."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: they arrive as exceptions, stderr is for the verdict
+    try:
+        session = ort.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # see above
+        raise ArtifactFailure(f"onnxruntime cannot open {artifact.name}: {error}") from error
+    wanted = {"input_ids", "attention_mask"}
+    wanted.update(f"past_key_values.{layer}.{kind}" for layer in range(artifact.interface.layers) for kind in ("key", "value"))
+    differing = wanted ^ {tensor.name for tensor in session.get_inputs()}
+    if differing:
+        raise ArtifactFailure(f"{artifact.name}: inputs differ from the contract in {', '.join(sorted(differing)[:3])}")
+    return OnnxSession(artifact, session, ort)

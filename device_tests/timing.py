@@ -1,0 +1,124 @@
+"""How fast and how large: load, first token, each later token, and the peak memory of this process.
+
+Run in a fresh process before anything else is loaded, so that the peak is the model's and not the test's. The text does not
+matter for the time, so the loop feeds the model its own choices.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+from device_tests.errors import ArtifactFailure
+from device_tests.sessions import Session
+from device_tests.token_statistics import broken_logits
+
+FIRST_TOKEN_REPEATS = 5
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds and MB (10^6 bytes). ``decode_ms`` are single tokens: one step and the choice of the next token.
+
+    Memory is VmHWM: ``baseline`` with interpreter, numpy and runtime imported, ``load`` once the model is open, ``peak`` after
+    prompts and decoding; None where there is no /proc.
+    """
+
+    load_ms: float
+    first_token_cold_ms: float
+    first_token_ms: float
+    first_token_samples_ms: list[float]
+    decode_ms: list[float]
+    prompt_tokens: int
+    baseline_rss_mb: float | None
+    load_rss_mb: float | None
+    peak_rss_mb: float | None
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens over the median time to the first token."""
+        return self.prompt_tokens / self.first_token_ms * 1000
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens over the sum of their times."""
+        return len(self.decode_ms) / sum(self.decode_ms) * 1000
+
+
+def peak_rss_mb() -> float | None:
+    """VmHWM of this process in MB. Not ``ru_maxrss``: that is inherited from the parent and so lies."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux
+        return None
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0].split()[1]) * 1024 / 1e6 if lines else None
+
+
+def measure(load: Callable[[], Session], prompt: np.ndarray, decode_tokens: int) -> tuple[Session, Timing]:
+    """Load, then time prompts and at least ``decode_tokens`` single tokens; returns the open session too.
+
+    When the context ends sooner than ``decode_tokens``, the prompt is fed again and decoding goes on from there.
+    """
+    baseline = peak_rss_mb()
+    start = time.perf_counter()
+    session = load()
+    load_ms = (time.perf_counter() - start) * 1000
+    load_rss = peak_rss_mb()
+    prompt = prompt[: session.interface.context_tokens - 1]  # room for one token at least
+    first = [_time_prompt(session, prompt) for _ in range(1 + FIRST_TOKEN_REPEATS)]
+    decode_ms = _time_decode(session, prompt, decode_tokens)
+    timing = Timing(
+        load_ms=load_ms,
+        first_token_cold_ms=first[0],
+        first_token_ms=float(np.median(first[1:])),
+        first_token_samples_ms=first[1:],
+        decode_ms=decode_ms,
+        prompt_tokens=len(prompt),
+        baseline_rss_mb=baseline,
+        load_rss_mb=load_rss,
+        peak_rss_mb=peak_rss_mb(),
+    )
+    session.reset()
+    return session, timing
+
+
+def _time_prompt(session: Session, prompt: np.ndarray) -> float:
+    session.reset()
+    start = time.perf_counter()
+    logits = session.prefill(prompt)
+    int(logits.argmax())
+    elapsed = (time.perf_counter() - start) * 1000
+    _refuse_broken(logits, len(prompt) - 1)
+    return elapsed
+
+
+def _time_decode(session: Session, prompt: np.ndarray, decode_tokens: int) -> list[float]:
+    samples: list[float] = []
+    skip = WARM_UP_TOKENS
+    while len(samples) < decode_tokens:
+        session.reset()
+        token = int(session.prefill(prompt).argmax())
+        room = session.interface.context_tokens - len(prompt)
+        if room <= skip:  # a context this short is warm from the prompts alone
+            skip = 0
+        for _ in range(min(room, skip + decode_tokens - len(samples))):
+            start = time.perf_counter()
+            logits = session.step(token)
+            token = int(logits.argmax())
+            samples.append((time.perf_counter() - start) * 1000)
+        _refuse_broken(logits, session.position - 1)
+        del samples[:skip]
+        skip = 0
+    return samples
+
+
+def _refuse_broken(logits: np.ndarray, position: int) -> None:
+    reason = broken_logits(logits)
+    if reason:
+        raise ArtifactFailure(f"{reason} after token {position} of the timing prompt")
