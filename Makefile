@@ -37,7 +37,7 @@ readme: $(READY)  ## write the README's tables from the newest bundle of the dem
 	@$(VENV)/bin/python -m pipeline.readme
 
 lint: $(READY)
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check --quiet . || { echo "make format mends what can be mended"; exit 1; }
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check --quiet . && $(VENV)/bin/lint-imports --no-cache >/dev/null || { echo "make format mends what can be mended"; exit 1; }
 
 format: $(READY)  ## format the sources
 	@$(VENV)/bin/ruff check --fix --quiet . ; $(VENV)/bin/ruff format .

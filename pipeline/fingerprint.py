@@ -73,6 +73,8 @@ def code_of(module: str) -> tuple[dict[str, str], frozenset[str]]:
         name = waiting.pop()
         if name in hashes or name in NOT_CODE:
             continue
+        if not module_file(name):
+            raise FileNotFoundError(f"{module} needs {name}, which is no module of this repository")
         hashes[name], imported = parsed(name)
         for target in imported:
             if module_file(target):

@@ -101,9 +101,7 @@ def score_row(columns: dict, place: tuple[int, int], logprob: np.ndarray, plan: 
     columns["rest_logprob"][place] = rest_logprob(logprob, ids)
     columns["target_logprob"][place] = logprob[plan.windows[window, plan.prompt_tokens + token]]
     if against is not None:
-        columns["kl"][place] = kl_grouped(
-            against.top_logprob[place], float(against.rest_logprob[place]), logprob, against.top_ids[place]
-        )
+        columns["kl"][place] = kl_grouped(against.top_logprob[place], float(against.rest_logprob[place]), logprob, against.top_ids[place])
         columns["top1"][place] = ids[0] == against.top_ids[place][0]
 
 

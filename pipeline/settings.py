@@ -39,7 +39,7 @@ class SmoothSettings(StageSettings):
 class GoldenSettings(StageSettings):
     """The fp32 PyTorch answers that every artifact is held against."""
 
-    windows: int = Field(3, ge=1, description="evaluation windows whose full logits travel in the bundle")
+    windows: int = Field(3, ge=1, description="evaluation windows whose full logits travel in the bundle, up to 8 MB")
     scored_tokens: int = Field(32, ge=1, description="tokens after the prompt with full logits per golden window")
     greedy_tokens: int = Field(32, ge=1, description="length of the reference's greedy continuations")
     top_k: int = Field(256, ge=1, description="reference log-probabilities kept per evaluated token; the rest as one sum")

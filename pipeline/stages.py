@@ -24,9 +24,7 @@ STAGES = (
     Stage("prune", "pipeline.prune", {"checkpoint": "checkpoint", "text": "text"}),
     Stage("recover", "pipeline.recover", {"checkpoint": "checkpoint", "prune": "prune", "text": "text"}),
     Stage("smooth", "pipeline.smooth", {"recover": "recover", "text": "text"}),
-    Stage(
-        "golden", "pipeline.golden", {"checkpoint": "checkpoint", "recover": "recover", "smooth": "smooth", "text": "text"}
-    ),
+    Stage("golden", "pipeline.golden", {"checkpoint": "checkpoint", "recover": "recover", "smooth": "smooth", "text": "text"}),
     Stage("onnx", "exporters.onnx_export", {"smooth": "smooth", "text": "text"}),
     Stage("onnx_int8", "exporters.onnx_int8", {"onnx": "onnx", "text": "text"}),
     Stage("tflite", "exporters.tflite_export", {"smooth": "smooth", "text": "text"}),

@@ -114,9 +114,7 @@ def test_the_json_says_what_the_models_score(stage):
         assert record[name]["perplexity"] == pytest.approx(perplexities[name], rel=1e-5)
         assert record[name]["tokens"] == 5 * (WINDOW - PROMPT) and record[name]["perplexity_stderr"] > 0
     p, q = distributions["reference"], distributions["pruned"]
-    assert record["pruned"]["perplexity_change"] == pytest.approx(
-        perplexities["pruned"] / perplexities["reference"] - 1, abs=1e-5
-    )
+    assert record["pruned"]["perplexity_change"] == pytest.approx(perplexities["pruned"] / perplexities["reference"] - 1, abs=1e-5)
     assert record["pruned"]["top1"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     full = float((p.exp() * (p - q)).sum(-1).mean())
     assert 0 < record["pruned"]["kl"] <= full * (1 + 1e-6)

@@ -1,0 +1,252 @@
+"""The command line ``pocketlm``. It parses, calls one function that does the work, and prints what that returns.
+
+Exit codes: 0 well; 1 a gate failed; 2 the user's mistake; 3 a stage broke; 130 interrupted. Imports of a command stand in
+the command, so that ``pocketlm --help`` is instant.
+"""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from models.errors import GateError, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Takes a PyTorch language model and hands a mobile developer a bundle that is small, fast and proved.",
+)
+told = Console(stderr=True, highlight=False, soft_wrap=True)
+
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file; without it the default recipe")]
+Model = Annotated[str | None, typer.Option("--model", help="Hugging Face folder or hub id; without it the demo model")]
+Calibration = Annotated[Path | None, typer.Option(help="UTF-8 text for calibration and recovery; without it sampled from the model")]
+Evaluation = Annotated[Path | None, typer.Option(help="UTF-8 text, held out, for the quality numbers; without it sampled")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="table.key=value over the recipe, such as prune.ffn=0.5")]
+Work = Annotated[Path, typer.Option(help="folder of cached stage results")]
+Out = Annotated[Path, typer.Option(help="folder that the bundle is written to")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+WORK, OUT = Path(".pocketlm"), Path("dist")
+
+
+def read_recipe(recipe: Path | None, model: str | None, calibration: Path | None, evaluation: Path | None, settings: list[str] | None):
+    """The recipe with the options of the command line over it."""
+    from pipeline.recipe import load_recipe
+
+    options = {"checkpoint.source": model, "text.calibration": calibration, "text.evaluation": evaluation}
+    overrides = [f"{key}={json.dumps(str(value))}" for key, value in options.items() if value is not None]
+    return load_recipe(recipe, overrides + (settings or []))
+
+
+def tell(stage: str, state: str) -> None:
+    """One line per stage; on a terminal the running stage is named too, where its progress bar stands."""
+    if state != "runs" or told.is_terminal:
+        told.print(f"  {stage:<12} {state}")
+
+
+@app.command(epilog="Example: `pocketlm plan --set prune.ffn=0.5`")
+def plan(
+    recipe: RecipeFile = None, model: Model = None, calibration: Calibration = None, evaluation: Evaluation = None,
+    settings: Settings = None, work: Work = WORK, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Show which stages are done and which will run, and why. Nothing is run."""
+    from pipeline import runner
+
+    chosen = read_recipe(recipe, model, calibration, evaluation, settings)
+    planned = runner.plan(chosen, work)
+    if as_json:
+        stages = [{"stage": p.stage.name, "key": p.key, "cached": p.cached, "reasons": list(p.reasons)} for p in planned]
+        print(json.dumps({"recipe": chosen.model_dump(mode="json"), "stages": stages}, indent=1))
+        return
+    for item in planned:
+        print(f"{item.stage.name:<12} {'done' if item.cached else 'runs: ' + '; '.join(item.reasons[:4])}")
+
+
+@app.command(epilog="Example: `pocketlm run --model my-model --set recover.steps=0`")
+def run(
+    recipe: RecipeFile = None, model: Model = None, calibration: Calibration = None, evaluation: Evaluation = None,
+    settings: Settings = None, work: Work = WORK, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Run the stages: prune, recover, smooth, export and quantise. Finished stages are not run again."""
+    from pipeline import runner
+
+    chosen = read_recipe(recipe, model, calibration, evaluation, settings)
+    folders, runs = runner.run_stages(chosen, work, tell)
+    if as_json:
+        print(json.dumps({"folders": {name: str(path) for name, path in folders.items()}, "stages": runner.as_rows(runs)}, indent=1))
+
+
+def build(chosen, work: Path, out: Path, as_json: bool, again: bool) -> None:
+    from pipeline import road
+    from pipeline.table import COLUMNS, price, rows
+
+    built = road.build(chosen, road.Places(work, out), tell, measure_again=again)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "folder": str(built.folder),
+                    "zip": str(built.archive),
+                    "up_to_date": not built.measured,
+                    "report": built.report,
+                },
+                indent=1,
+            )
+        )
+    else:
+        print_table(COLUMNS, rows(built.report), price(built.report))
+        print("artifacts and report are up to date; nothing was measured again" if not built.measured else "measured just now")
+        print(built.folder)
+        print(built.archive)
+
+
+@app.command(epilog="Example: `pocketlm bundle --model org/name --out dist`")
+def bundle(
+    recipe: RecipeFile = None, model: Model = None, calibration: Calibration = None, evaluation: Evaluation = None,
+    settings: Settings = None, work: Work = WORK, out: Out = OUT, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """The whole road: run the stages, measure every artifact in its runtimes, judge, and write the bundle."""
+    build(read_recipe(recipe, model, calibration, evaluation, settings), work, out, as_json, again=False)
+
+
+@app.command(epilog="Examples: `pocketlm test` measures the recipe's artifacts again; `pocketlm test dist/demo-android-bundle` a bundle's")
+def test(
+    path: Annotated[Path | None, typer.Argument(metavar="[BUNDLE]", help="a bundle; without it the recipe's artifacts")] = None,
+    recipe: RecipeFile = None, model: Model = None, calibration: Calibration = None, evaluation: Evaluation = None,
+    settings: Settings = None, work: Work = WORK, out: Out = OUT, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Measure artifacts on this machine and judge them against the gates. The exit code is the verdict."""
+    if path is not None:
+        test_bundle(path, as_json)
+        return
+    build(read_recipe(recipe, model, calibration, evaluation, settings), work, out, as_json, again=True)
+
+
+def test_bundle(path: Path, as_json: bool) -> None:
+    """Measure a bundle's artifacts on this machine; its golden vectors judge."""
+    from pipeline.measure import BUNDLE_COLUMNS, bundle_rows, measure_bundle
+
+    results = measure_bundle(path, tell)
+    if as_json:
+        print(json.dumps(results, indent=1))
+    else:
+        print_table(BUNDLE_COLUMNS, bundle_rows(results), "top-1 and largest difference on the bundle's golden vectors")
+    if failures := [line for result in results for line in result["device"]["failures"]]:
+        raise GateError("\n".join(failures))
+
+
+@app.command(epilog="Example: `pocketlm verify dist/demo-android-bundle.zip`")
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder or zip")],
+    threads: Annotated[int, typer.Option(min=1, help="threads of each runtime")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Check every name, size and hash of a bundle, then replay its golden vectors in every runtime installed here."""
+    from dataclasses import asdict
+
+    from pipeline.verify import verify_bundle
+
+    found = verify_bundle(path, threads)
+    if as_json:
+        print(json.dumps({**asdict(found), "passed": found.passed}, indent=1))
+    else:
+        hashes = "NOT as it was built" if found.faults else "all hashes right"
+        print(f"{found.name}: {found.files} files, {found.bytes} bytes, {hashes}")
+        for replay in found.replays:
+            verdict = "passed" if replay.passed else "FAILED"
+            print(f"  {replay.artifact} in {replay.runtime}: {verdict} (largest difference {replay.max_abs_diff})")
+        for runtime in found.not_installed:
+            print(f"  {runtime} is not installed here and was not tried")
+    if not found.passed:
+        failures = [line for replay in found.replays for line in replay.failures]
+        raise GateError("\n".join([*found.faults, *failures, f"{path}: not verified; take the bundle from its source again"]))
+
+
+@app.command(
+    epilog="Examples: `pocketlm generate dist/demo-android-bundle --prompt 'def '`; "
+    "`pocketlm generate dist/demo-android-bundle.zip --runtime tflite --temperature 0.7 --seed 1`"
+)
+def generate(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder or zip")],
+    runtime: Annotated[str, typer.Option(help="onnx, litert or tflite")] = "onnx",
+    prompt: Annotated[str, typer.Option(help="the text to go on from; - reads it from standard input")] = "",
+    artifact: Annotated[str | None, typer.Option(help="such as onnx_fp32; without it the smallest that the runtime opens")] = None,
+    max_tokens: Annotated[int, typer.Option(help="most tokens to write")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="draw from the k likeliest tokens; 0: from all")] = 0,
+    top_p: Annotated[float, typer.Option(help="draw from the fewest tokens that hold this share; 1: from all")] = 1.0,
+    seed: Annotated[int, typer.Option(help="seed of the draws")] = 0,
+    threads: Annotated[int, typer.Option(help="threads of the runtime")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Stream text from a bundle's model in the terminal; speed and memory follow on standard error."""
+    import io
+    from dataclasses import asdict
+
+    from pipeline import generate as generation
+
+    options = generation.GenerateOptions(max_tokens, temperature, top_k, top_p, seed, threads, artifact, echo=not as_json)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    made = generation.generate(path, runtime, text, options, io.StringIO() if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(asdict(made), indent=1))
+    else:
+        print()
+        told.print(generation.told(made), markup=False)
+
+
+@app.command(epilog="Example: `pocketlm bench --rounds 5`")
+def bench(
+    recipe: RecipeFile = None, model: Model = None, calibration: Calibration = None, evaluation: Evaluation = None,
+    settings: Settings = None, work: Work = WORK, out: Out = OUT, as_json: AsJson = False,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="thread counts; may be given again")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds of which medians are taken")] = 3,
+) -> None:  # fmt: skip
+    """Time every artifact against eager PyTorch and fp32 ONNX Runtime, interleaved in one run. Exit code 1: int8 is no gain."""
+    from pipeline import bench as benchmark
+    from pipeline import runner
+
+    chosen = read_recipe(recipe, model, calibration, evaluation, settings)
+    folders, _ = runner.run_stages(chosen, work, tell)
+    found = benchmark.bench(folders, benchmark.BenchPlan(tuple(threads or (1, 2)), rounds), tell)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{chosen.name}-bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_table(benchmark.BENCH_COLUMNS, benchmark.bench_rows(found), found["how"])
+        print(out / f"{chosen.name}-bench.json")
+    if lines := benchmark.missed(found):
+        raise GateError("\n".join(["bench: int8 is not what it should be", *lines]))
+
+
+def print_table(columns: tuple[str, ...], lines: list[tuple[str, ...]], caption: str) -> None:
+    """A table as wide as it needs to be, also where there is no terminal."""
+    from pipeline.table import table_of
+
+    table = table_of(columns, lines, caption)
+    wide = Console(highlight=False)
+    if not wide.is_terminal:
+        wide.width = max(wide.width, wide.measure(table, options=wide.options.update(max_width=400)).maximum)
+    wide.print(table)
+
+
+def main() -> None:
+    """Run the command line; every foreseen error becomes one line and an exit code."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `pocketlm ... | head` ends quietly
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        told.print(f"pocketlm: {error}", markup=False)
+        sys.exit(2)
+    except GateError as error:
+        told.print(f"pocketlm: {error}", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        told.print("pocketlm: interrupted; finished stages are kept, the same command goes on from there")
+        sys.exit(130)

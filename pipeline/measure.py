@@ -1,0 +1,71 @@
+"""Every artifact in every runtime that runs it, on this machine, judged by the recipe's gates. Never cached."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from device_tests.gates import Gates as DeviceGates
+from device_tests.local import LocalRun, run_local
+from device_tests.sessions import RUNTIMES
+from pipeline.recipe import Recipe
+from pipeline.report import ARTIFACT_OF_STAGE, read_json, sidecar_path
+from pipeline.table import shown
+from pipeline.verify import bundle_folder
+
+BUNDLE_COLUMNS = (
+    "artifact", "runtime", "load ms", "first token ms",
+    "ms/token p50", "p90", "p99", "tokens/s", "peak MB", "difference", "top-1", "verdict",
+)  # fmt: skip
+
+
+def runtimes_of(form: str) -> list[str]:
+    """The runtimes that run a format, ``onnx`` or ``tflite``."""
+    return [runtime for runtime, (runs, *_) in RUNTIMES.items() if runs == form]
+
+
+def measure(recipe: Recipe, folders: dict[str, Path], tell: Callable[[str, str], None]) -> list[dict]:
+    """One result per artifact and runtime, as ``device_tests`` gives it: times, memory, golden vectors and quality.
+
+    One after the other, because two at once would time each other.
+    """
+    results = []
+    for stage, name in ARTIFACT_OF_STAGE.items():
+        sidecar = sidecar_path(folders, stage)
+        gates = DeviceGates(**getattr(recipe.gates, name).model_dump())
+        for runtime in runtimes_of(read_json(sidecar)["format"]):
+            tell(f"{name} in {runtime}", "runs")
+            run = LocalRun(runtime=runtime, threads=recipe.device.threads, gates=gates, quality=True)
+            results.append(run_local(sidecar, folders["golden"], run))
+            tell(f"{name} in {runtime}", "passed" if results[-1]["device"]["passed"] else "FAILED")
+    return results
+
+
+def measure_bundle(path: Path, tell: Callable[[str, str], None], threads: int = 2) -> list[dict]:
+    """Times, memory and golden vectors of every artifact of a bundle, against the gates in its manifest.
+
+    Raises GateError, and opens nothing, when a byte of the bundle is not as it was built.
+    """
+    results = []
+    with bundle_folder(path) as (folder, manifest):
+        for artifact in manifest.artifacts:
+            for runtime in runtimes_of(artifact.format):
+                tell(f"{artifact.name} in {runtime}", "runs")
+                run = LocalRun(runtime=runtime, threads=threads, gates=DeviceGates(**artifact.gates))
+                results.append(run_local(folder / artifact.sidecar, folder / "golden", run))
+    return results
+
+
+def bundle_rows(results: list[dict]) -> list[tuple[str, ...]]:
+    """One row per result; a dash where a run died before it could measure."""
+
+    rows = []
+    for result in results:
+        device = result["device"]
+        times = [shown(device[key], ".2f") for key in ("load_ms", "first_token_ms", "decode_ms_p50", "decode_ms_p90", "decode_ms_p99")]
+        rest = [
+            shown(device["decode_tokens_per_s"], ".0f"),
+            shown(device["peak_rss_mb"], ".0f"),
+            shown(device["max_abs_diff"], ".2g"),
+        ]
+        verdict = "passed" if device["passed"] else "FAILED"
+        rows.append((result["artifact"], device["runtime"], *times, *rest, shown(device["top1"], ".2%"), verdict))
+    return rows

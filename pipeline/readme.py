@@ -1,0 +1,60 @@
+"""Writes the README's tables from the records in ``docs/``, which come out of runs: ``python -m pipeline.readme``.
+
+``docs/demo-report.json`` is the report of the demo model's bundle, ``docs/demo-bench.json`` what `make bench` wrote. Both are
+refreshed from ``dist/`` where a newer one lies there.
+"""
+
+import json
+import re
+import shutil
+
+from models.errors import UserError
+from pipeline.bench import BENCH_COLUMNS, bench_rows
+from pipeline.recipe import ROOT
+from pipeline.table import COLUMNS, markdown, price, rows
+
+README = ROOT / "README.md"
+REPORT = ROOT / "docs" / "demo-report.json"
+BENCH = ROOT / "docs" / "demo-bench.json"
+FRESH = {REPORT: ROOT / "dist" / "demo-android-bundle" / "report.json", BENCH: ROOT / "dist" / "demo-bench.json"}
+
+
+def results_block(report: dict) -> str:
+    """What the demo model's bundle was measured to be."""
+    device = report["artifacts"][0]["devices"][0]
+    return (
+        f"{price(report)}\n\n{markdown(COLUMNS, rows(report))}\n\n"
+        f"Measured by `make android-bundle` on {device['device']} ({device['isa']}, {device['threads']} threads). Perplexity change "
+        "and top-1 are against the fp32 PyTorch model that was exported, worst of the artifact's runtimes; MB are 10^6 bytes on disk."
+    )
+
+
+def bench_block(bench: dict) -> str:
+    """Each artifact against eager PyTorch and fp32 ONNX Runtime."""
+    return f"{markdown(BENCH_COLUMNS, bench_rows(bench))}\n\n{bench['how']}"
+
+
+def with_block(text: str, name: str, block: str) -> str:
+    """``text`` with the part between the marks of ``name`` replaced. Raises UserError when the marks are gone."""
+    pattern = re.compile(rf"(<!-- {name}:[^\n]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise UserError(f"README.md has no <!-- {name}: ... --> block; put it back")
+    return pattern.sub(lambda match: f"{match[1]}{block}\n{match[2]}", text)
+
+
+def rendered(text: str) -> str:
+    """The README's text with both blocks as the records in ``docs/`` give them."""
+    text = with_block(text, "results", results_block(json.loads(REPORT.read_text())))
+    return with_block(text, "bench", bench_block(json.loads(BENCH.read_text())))
+
+
+def main() -> None:
+    for kept, fresh in FRESH.items():
+        if fresh.is_file():
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copyfile(fresh, kept)
+    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""``report.json``: what a build measured, in a shape that other programs read. The models below are its schema.
+
+Changes are fractions (0.003 is +0.3 %); bytes are bytes, times milliseconds or seconds, memory MB, as the names say.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.errors import UserError
+from pipeline.recipe import Recipe, recipe_toml
+
+FORMAT_VERSION = 1
+FP32_BYTES = 4
+ARTIFACT_OF_STAGE = {
+    "onnx": "onnx_fp32",
+    "onnx_int8": "onnx_static_int8",
+    "tflite": "tflite_fp32",
+    "tflite_int8": "tflite_static_int8",
+}
+RECORDS = ("checkpoint", "text", "prune", "recover", "smooth", "golden")  # stages whose JSON is <stage>.json
+
+Measured = float | None  # None: the run that should have measured it died before
+
+
+class Entry(BaseModel):
+    """Part of a report, frozen. A measurement may say more than the fields that are promised here."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+
+class Model(Entry):
+    """The dense model that the road began with."""
+
+    name: str
+    source: str
+    commit: str | None = Field(description="hub commit; null for a local folder")
+    sha256: list[str] = Field(description="of each weight file, in name order")
+    licence: str | None = Field(description="as the checkpoint states it; null when it does not")
+    family: str
+    parameters: int = Field(description="a tied head is counted once")
+    bytes_fp32: int = Field(description="parameters in 4 bytes each: what every size is held against")
+    context_tokens: int
+    vocab_size: int
+
+
+class Reference(Entry):
+    """The dense model on the evaluation windows."""
+
+    perplexity: float
+    perplexity_stderr: float
+    tokens: int
+
+
+class Pruned(Entry):
+    """The pruned and recovered fp32 model on the same windows; changes are against the dense one."""
+
+    perplexity: float
+    parameters: int
+    sparsity: float = Field(description="share of zeros among the weights that remain in linear layers")
+    perplexity_stderr: Measured = None
+    perplexity_change: Measured = None
+    kl: Measured = None
+    top1: Measured = None
+
+
+class Quality(Entry):
+    """An artifact in one of its own runtimes, teacher-forced, against the fp32 PyTorch model that it was exported from."""
+
+    perplexity: Measured
+    perplexity_stderr: Measured
+    perplexity_change: Measured
+    perplexity_change_dense: Measured = Field(description="against the dense model")
+    kl: Measured = Field(description="mean KL divergence in nats per token")
+    top1: Measured = Field(description="share of tokens with the same first choice")
+
+
+class Device(Entry):
+    """One artifact measured in one runtime on one device, in a fresh process."""
+
+    device: str
+    isa: str | None = Field(description="as `uname -m` says it")
+    runtime: str
+    runtime_version: str | None
+    threads: int
+    load_ms: Measured = None
+    first_token_ms: Measured = None
+    decode_ms_p50: Measured = None
+    decode_ms_p90: Measured = None
+    decode_ms_p99: Measured = None
+    prefill_tokens_per_s: Measured = None
+    decode_tokens_per_s: Measured = None
+    peak_rss_mb: Measured = None
+    max_abs_diff: Measured = Field(None, description="largest difference of logits to PyTorch on the golden vectors")
+    kl: Measured = None
+    top1: Measured = None
+    decode_ms: list[float] = Field([], description="every decode step that was timed")
+    quality: Quality | None = Field(None, description="in this runtime; null when it was not asked for or the run died")
+    passed: bool
+    failures: list[str] = []
+
+
+class Artifact(Entry):
+    """An exported model file and everything that was measured of it."""
+
+    name: str
+    file: str
+    sha256: str
+    bytes: int
+    size_ratio: float = Field(description="bytes over the dense model's bytes_fp32")
+    quality: Quality | None = Field(description="each number the worst over the artifact's runtimes; null when none was measured")
+    devices: list[Device]
+    passed: bool
+
+
+class StageCost(Entry):
+    """What a stage of the road cost when it ran; ``cached``: this build found its result."""
+
+    stage: str
+    seconds: float
+    peak_rss_mb: float
+    cached: bool
+
+
+class Tokenizer(Entry):
+    """Whether the tokenizer's ONNX graphs equal the tokenizer; without parity they are not in the bundle."""
+
+    parity: bool
+    documents: int
+    mismatches: int
+    reason: str | None
+    limits: list[str] = []
+
+
+class Report(Entry):
+    """The whole report."""
+
+    format_version: int = FORMAT_VERSION
+    model: Model
+    reference: Reference
+    pruned: Pruned
+    artifacts: list[Artifact]
+    passed: bool = Field(description="every artifact passed in every runtime")
+    text: dict = Field(description="where calibration and evaluation text came from; says so when the model sampled it itself")
+    text_sampled: bool = Field(description="some of the text was sampled from the dense model")
+    tokenizer: Tokenizer
+    stages: list[StageCost]
+    gates: dict[str, dict] = Field(description="the limits by artifact")
+    versions: dict[str, str] = Field(description="libraries that made the artifacts")
+    recipe: dict
+
+
+def build_report(recipe: Recipe, folders: dict[str, Path], results: list[dict], stages: list[dict]) -> Report:
+    """Put together what stages and device tests left.
+
+    ``folders`` maps stage names to their results; ``results`` are what ``device_tests`` returned, one per artifact and
+    runtime; ``stages`` are ``{"stage", "seconds", "peak_rss_mb", "cached"}``. Raises UserError when a result was measured
+    on other bytes than the artifact's.
+    """
+    records = {name: read_json(folders[name] / f"{name}.json") for name in RECORDS}
+    model = model_of(recipe.name, records["checkpoint"])
+    sidecars = [read_json(sidecar_path(folders, stage)) for stage in ARTIFACT_OF_STAGE]
+    artifacts = [artifact_of(sidecar, results, model.bytes_fp32) for sidecar in sidecars]
+    tokenizer = read_json(folders["tokenizer"] / "tokenizer_graph.json")
+    texts = {name: records["text"][name] for name in ("calibration", "evaluation")}
+    return Report(
+        model=model,
+        reference=Reference(**records["golden"]["reference"]),
+        pruned=Pruned(**records["golden"]["pruned"]),
+        artifacts=artifacts,
+        passed=all(artifact.passed for artifact in artifacts),
+        text=texts,
+        text_sampled=any(text.get("kind") != "file" for text in texts.values()),
+        tokenizer=Tokenizer(**{field: tokenizer[field] for field in Tokenizer.model_fields if field in tokenizer}),
+        stages=[StageCost(**stage) for stage in stages],
+        gates={name: gate for name, gate in recipe.gates.model_dump(mode="json").items()},
+        versions=versions_of([*records.values(), *sidecars, tokenizer]),
+        recipe=tomllib.loads(recipe_toml(recipe)),
+    )
+
+
+def sidecar_path(folders: dict[str, Path], stage: str) -> Path:
+    """The JSON beside the artifact that ``stage`` made."""
+    return folders[stage] / f"{ARTIFACT_OF_STAGE[stage]}.json"
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def model_of(name: str, checkpoint: dict) -> Model:
+    """The model's entry from ``checkpoint.json``."""
+    shape = checkpoint["shape"]
+    return Model(
+        name=name,
+        source=checkpoint["source"],
+        commit=checkpoint["commit"],
+        sha256=[file["sha256"] for file in checkpoint["weights"]],
+        licence=checkpoint["licence"],
+        bytes_fp32=FP32_BYTES * shape["parameters"],
+        **shape,
+    )
+
+
+def artifact_of(sidecar: dict, results: list[dict], dense_bytes: int) -> Artifact:
+    """One artifact with all results that name it. Without a result it did not pass."""
+    own = [result for result in results if result["artifact"] == sidecar["name"]]
+    for result in own:
+        if result["sha256"] not in (sidecar["sha256"], None):  # None: the run died before it had read the artifact
+            raise UserError(f"{sidecar['name']}: the measurement is of other bytes than the artifact; run `pocketlm test` again")
+    devices = [Device(**{**result["device"], "quality": result.get("quality")}) for result in own]
+    return Artifact(
+        name=sidecar["name"],
+        file=sidecar["file"],
+        sha256=sidecar["sha256"],
+        bytes=sidecar["bytes"],
+        size_ratio=sidecar["bytes"] / dense_bytes,
+        quality=worst_quality([device.quality for device in devices if device.quality]),
+        devices=devices,
+        passed=bool(devices) and all(device.passed for device in devices),
+    )
+
+
+def worst_quality(qualities: list[Quality]) -> Quality | None:
+    """Perplexity where its change is highest; KL the highest and top-1 the lowest of all. A missing number is the worst."""
+    if not qualities:
+        return None
+    highest = max(qualities, key=lambda quality: missing_last(quality.perplexity_change))
+    kl = max((quality.kl for quality in qualities), key=missing_last)
+    top1 = min((quality.top1 for quality in qualities), key=lambda share: -1.0 if share is None else share)
+    return highest.model_copy(update={"kl": kl, "top1": top1})
+
+
+def missing_last(value: float | None) -> float:
+    return float("inf") if value is None or value != value else value
+
+
+def versions_of(records: list[dict]) -> dict[str, str]:
+    """Every library version that a stage named, in name order."""
+    found = {}
+    for record in records:
+        found |= record.get("versions", {})
+    return dict(sorted(found.items()))
+
+
+def report_json(report: Report) -> str:
+    """The report as text. Numbers that are none (infinite, undefined) become null: JSON has no word for them."""
+    return report.model_dump_json(indent=1) + "\n"
+
+
+def read_report(path: Path) -> Report:
+    """A checked report from a file."""
+    return Report.model_validate_json(path.read_text(encoding="utf-8"))

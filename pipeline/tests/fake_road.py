@@ -1,0 +1,142 @@
+"""Stage results of the right shape with tiny files in them, so that report and bundle are tested without running a model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from device_tests.tests.toy import VOCABULARY, ToyModel, write_onnx, write_vectors
+from models.provenance import sha256_of
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.report import ARTIFACT_OF_STAGE, RECORDS
+
+RUNTIMES = {"onnx": ("onnxruntime",), "tflite": ("litert", "tflite")}
+STAGES = (*RECORDS, *ARTIFACT_OF_STAGE, "tokenizer")
+
+
+def fake_recipe(name: str = "tiny") -> Recipe:
+    return load_recipe(None, [f'name="{name}"'])
+
+
+def fake_road(root: Path, parity: bool = True, sampled: bool = False) -> dict[str, Path]:
+    """A folder per stage."""
+    folders = {stage: root / stage for stage in STAGES}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+        (folder / "stage.json").write_text('{"seconds": 1}')  # the runner's note, which no bundle may carry
+    (folders["checkpoint"] / "LICENSE").write_text("Do what you like.\n")
+    for stage, record in records(sampled).items():
+        write(folders[stage] / f"{stage}.json", record)
+    np.savez(folders["golden"] / "golden.npz", windows=np.arange(12, dtype=np.int32).reshape(2, 6), prompt_tokens=np.int32(2))
+    np.savez(folders["golden"] / "evaluation.npz", windows=np.zeros((1, 2), np.int32))
+    for stage, name in ARTIFACT_OF_STAGE.items():
+        write(folders[stage] / f"{name}.json", fake_sidecar(folders[stage], name, name.split("_")[0]))
+    write(folders["onnx"] / "genai_config.json", {"model": {}})
+    fake_tokenizer(folders["tokenizer"], parity)
+    return folders
+
+
+def with_toy(folders: dict[str, Path]) -> dict[str, Path]:
+    """The same folders with a model that really runs: both ONNX artifacts, golden vectors of it, one letter per token."""
+    model = ToyModel(0)
+    for stage in ("onnx", "onnx_int8"):
+        name = ARTIFACT_OF_STAGE[stage]
+        written = json.loads((folders[stage] / f"{name}.json").read_text())
+        toy = json.loads(write_onnx(model, folders[stage] / f"{name}.onnx").read_text())
+        write(folders[stage] / f"{name}.json", {**written, **toy})
+    write_vectors(folders["golden"], model, ToyModel(1))
+    alphabet = "\n abcdefghijklmnopqrstuvwxyz0123456789.,:()=\u00e9"[:VOCABULARY]
+    letters = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate(alphabet)}, unk_token="\n"))
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    letters.decoder = decoders.Fuse()
+    letters.save(str(folders["tokenizer"] / "tokenizer.json"))
+    return folders
+
+
+def records(sampled: bool) -> dict[str, dict]:
+    shape = {
+        "family": "llama", "vocab_size": 384, "layers": 2, "hidden_size": 64, "heads": 4, "kv_heads": 2, "head_dim": 16,
+        "ffn_size": 128, "context_tokens": 128, "tied": True, "bos_token_id": 0, "eos_token_id": 0, "parameters": 100_000,
+    }  # fmt: skip
+    kind = {"kind": "sampled from the dense model"} if sampled else {"kind": "file", "name": "text.txt"}
+    kind["tokens"] = 900
+    weights = [{"file": "model.safetensors", "sha256": "ab" * 32, "bytes": 200_000}]
+    pruned = {"perplexity": 31.25, "perplexity_stderr": 0.4, "perplexity_change": 0.04, "kl": 0.02, "top1": 0.91}
+    return {
+        "checkpoint": {
+            "source": "models/tiny", "commit": None, "licence": "apache-2.0", "shape": shape, "weights": weights,
+            "versions": {"torch": "2.13.0"},
+        },
+        "text": {"calibration": kind, "evaluation": kind, "versions": {"tokenizers": "0.23.3"}},
+        "prune": {"sparsity": 0.0},
+        "recover": {"kept": "before"},
+        "smooth": {"max_function_difference": 1e-6},
+        "golden": {
+            "reference": {"perplexity": 30.0, "perplexity_stderr": 0.5, "tokens": 5120},
+            "pruned": {**pruned, "parameters": 90_000, "sparsity": 0.125},
+        },
+    }  # fmt: skip
+
+
+def fake_sidecar(folder: Path, name: str, form: str) -> dict:
+    path = folder / f"{name}.{form}"
+    path.write_bytes(name.encode() * (1000 if "int8" in name else 4000))
+    file = {"path": path.name, "sha256": sha256_of(path), "bytes": path.stat().st_size}
+    cache = [{"name": "past_key_values.0.key", "dtype": "float32", "shape": ["batch", 2, "past", 16]}]
+    tensors = {"inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", "seq"]}, *cache], "outputs": []}
+    sizes = {"vocab_size": 384, "layers": 1, "kv_heads": 2, "head_dim": 16, "context_tokens": 128}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
+    return {
+        "name": name, "format": form, "file": path.name, "files": [file], "sha256": file["sha256"], "bytes": file["bytes"],
+        "interface": {**sizes, "prefill_tokens": 8 if form == "tflite" else None},
+        "tensors": tensors if form == "onnx" else {"prefill": tensors, "decode": tensors},
+        "parent": "cd" * 32, "settings": {}, "versions": {form: "1.0"}, "measured": {},
+    }  # fmt: skip
+
+
+def fake_tokenizer(folder: Path, parity: bool) -> None:
+    names = ["tokenizer.json", "tokenizer_config.json"] + (["tokenizer_encode.onnx", "tokenizer_decode.onnx"] if parity else [])
+    for name in names:
+        (folder / name).write_text(json.dumps({"of": name}))
+    reason = None if parity else "7 of 900 texts and 0 of 800 id sequences differ"
+    limits = ["text is cut at the first NUL"] if parity else []
+    found = {"parity": parity, "documents": 1700, "mismatches": 0 if parity else 7, "reason": reason, "limits": limits}
+    write(folder / "tokenizer_graph.json", {**found, "versions": {}})
+
+
+def fake_results(folders: dict[str, Path], worse: str | None = None) -> list[dict]:
+    """One passing result per artifact and runtime; ``worse`` names an artifact that fails in its last runtime."""
+    results = []
+    for place, (stage, name) in enumerate(ARTIFACT_OF_STAGE.items()):
+        sidecar = json.loads((folders[stage] / f"{name}.json").read_text())
+        for index, runtime in enumerate(RUNTIMES[sidecar["format"]]):
+            failed = name == worse and runtime == RUNTIMES[sidecar["format"]][-1]
+            results.append(fake_result(sidecar, runtime, 1 + place + index / 4, failed))
+    return results
+
+
+def fake_result(sidecar: dict, runtime: str, scale: float, failed: bool) -> dict:
+    device = {
+        "device": "local", "isa": "x86_64", "runtime": runtime, "runtime_version": "2.3.0", "threads": 2, "load_ms": 12.5 * scale,
+        "first_token_ms": 7.25 * scale, "decode_ms_p50": 1.5 * scale, "decode_ms_p90": 1.75 * scale, "decode_ms_p99": 2.5 * scale,
+        "prefill_tokens_per_s": 9000 / scale, "decode_tokens_per_s": 650 / scale, "peak_rss_mb": 80 * scale,
+        "max_abs_diff": 1e-5 * scale,
+        "kl": 2e-4 * scale, "top1": 1 - 0.004 * scale, "decode_ms": [1.4 * scale, 1.5 * scale, 1.6 * scale, 2.6 * scale],
+        "greedy_prefix": 30, "passed": not failed,
+        "failures": [f"{sidecar['name']} in {runtime} on local: top1 0.5000 is below 0.9900"] if failed else [],
+    }  # fmt: skip
+    quality = {
+        "perplexity": 31.25 + scale / 100, "perplexity_stderr": 0.4, "perplexity_change": scale / 3125,
+        "perplexity_change_dense": 0.04 + scale / 3000, "kl": 3e-4 * scale, "top1": 1 - 0.003 * scale, "tokens": 5120,
+        "worst_token": {"window": 3},
+    }  # fmt: skip
+    return {"artifact": sidecar["name"], "sha256": sidecar["sha256"], "device": device, "quality": quality}
+
+
+def fake_stages() -> list[dict]:
+    return [{"stage": stage, "seconds": 1.5, "peak_rss_mb": 210.0, "cached": stage == "text"} for stage in STAGES]
+
+
+def write(path: Path, record: dict) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n")

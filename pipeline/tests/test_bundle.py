@@ -1,0 +1,216 @@
+"""The bundle: what is in it, that only what passed gets in, that it is whole or absent, and the same bytes again."""
+
+import errno
+import hashlib
+import json
+import os
+import zipfile
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from models.errors import GateError, UserError
+from pipeline import bundle as bundling
+from pipeline.bundle import BundleInputs, build_bundle, bundle_is_whole
+from pipeline.manifest import FORMAT_VERSION, Manifest, sums
+from pipeline.report import build_report
+from pipeline.tests.fake_road import fake_recipe, fake_results, fake_road, fake_stages
+from pipeline.zip_folder import write_zip
+
+
+@pytest.fixture
+def road(tmp_path):
+    return fake_road(tmp_path / "road")
+
+
+def build(road, out, worse=None):
+    report = build_report(fake_recipe(), road, fake_results(road, worse), fake_stages())
+    return build_bundle(BundleInputs(fake_recipe(), road, report, "key"), out)
+
+
+def manifest_of(folder) -> Manifest:
+    return Manifest.model_validate_json((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def tree(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_bundle_holds_what_its_manifest_says(road, tmp_path):
+    built = build(road, tmp_path / "dist")
+    assert built.folder.name == "tiny-android-bundle" and built.archive.name == "tiny-android-bundle.zip"
+    files, manifest = tree(built.folder), manifest_of(built.folder)
+    assert {file.path for file in manifest.files} == files.keys() - {"manifest.json", "SHA256SUMS"}
+    for file in manifest.files:
+        assert hashlib.sha256(files[file.path]).hexdigest() == file.sha256 and len(files[file.path]) == file.bytes
+    expected = {"onnx/onnx_static_int8.onnx", "litert/tflite_static_int8.tflite", "tokenizer/tokenizer.json", "golden/golden.npz"}
+    expected |= {"device_tests/__main__.py", "recipe.toml", "report.json", "report.html", "LICENSE", "README.md"}
+    assert expected <= files.keys()
+    assert not any(name.endswith("stage.json") or "evaluation" in name or "tests/tests" in name for name in files)
+    assert manifest.format_version == FORMAT_VERSION and len(manifest.artifacts) == 4
+    assert files["SHA256SUMS"].decode() == sums(manifest, hashlib.sha256(files["manifest.json"]).hexdigest())
+    assert {path.name for path in (tmp_path / "dist").iterdir()} == {
+        ".tiny-android-bundle.lock",
+        built.folder.name,
+        built.archive.name,
+    }
+
+
+def test_manifest_says_how_to_call_and_where_it_was_proved(road, tmp_path):
+    manifest = manifest_of(build(road, tmp_path / "dist").folder)
+    onnx, tflite = (next(a for a in manifest.artifacts if a.name == name) for name in ("onnx_static_int8", "tflite_static_int8"))
+    assert onnx.file == "onnx/onnx_static_int8.onnx" and onnx.tensors["inputs"][0]["name"] == "input_ids"
+    assert onnx.gates["perplexity_change"] == 0.003 and onnx.gates["top1"] == 0.99
+    assert [device.runtime for device in tflite.runtimes] == ["litert", "tflite"]
+    assert all(device.passed and device.runtime_version == "2.3.0" for device in tflite.runtimes)
+    recipe = (tmp_path / "dist/tiny-android-bundle/recipe.toml").read_bytes()
+    assert manifest.provenance.recipe_sha256 == hashlib.sha256(recipe).hexdigest()
+    assert manifest.provenance.checkpoint_sha256 == ["ab" * 32] and manifest.licence == "apache-2.0"
+
+
+def test_zip_holds_the_folder_and_nothing_else(road, tmp_path):
+    built = build(road, tmp_path / "dist")
+    with zipfile.ZipFile(built.archive) as archive:
+        assert archive.testzip() is None
+        packed = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+        assert [entry.filename for entry in archive.infolist()] == sorted(packed)
+        assert {(entry.date_time, entry.external_attr) for entry in archive.infolist()} == {((1980, 1, 1, 0, 0, 0), 0o100644 << 16)}
+    assert packed == {f"tiny-android-bundle/{name}": data for name, data in tree(built.folder).items()}
+
+
+def test_same_inputs_same_bundle(road, tmp_path):
+    first, second = build(road, tmp_path / "first"), build(road, tmp_path / "second")
+    assert tree(first.folder) == tree(second.folder)
+    assert first.archive.read_bytes() == second.archive.read_bytes()
+
+
+def test_whole_bundle_is_recognised_and_a_touched_one_is_not(road, tmp_path):
+    built = build(road, tmp_path / "dist")
+    places = (built.folder, built.archive)
+    assert bundle_is_whole(*places, "key") and not bundle_is_whole(*places, "other key")
+    data = built.archive.read_bytes()
+    for spoilt in (data[:-40], data[:2000] + b"!" + data[2001:]):
+        built.archive.write_bytes(spoilt)
+        assert not bundle_is_whole(*places, "key")
+    built.archive.write_bytes(data)
+    (built.folder / "LICENSE").write_text("another")
+    assert not bundle_is_whole(*places, "key")
+    build(road, tmp_path / "dist")
+    assert bundle_is_whole(*places, "key")
+    built.archive.unlink()
+    assert not bundle_is_whole(*places, "key") and not bundle_is_whole(tmp_path / "none", built.archive, "key")
+
+
+NAMES = st.text(alphabet="abcXYZ019._-", min_size=1, max_size=8).filter(lambda name: name.strip("."))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(files=st.dictionaries(st.tuples(NAMES, NAMES), st.binary(max_size=200), max_size=6), order=st.randoms())
+def test_zip_depends_on_names_and_bytes_only(tmp_path_factory, files, order):
+    archives = []
+    for turn in range(2):
+        folder = tmp_path_factory.mktemp("zipped") / "content"
+        folder.mkdir()
+        items = list(files.items())
+        order.shuffle(items)
+        for (place, name), data in items:
+            (folder / place).mkdir(exist_ok=True)
+            (folder / place / name).write_bytes(data)
+            os.utime(folder / place / name, (10**9 + turn, 10**9 + turn))
+            (folder / place / name).chmod(0o600 if turn else 0o755)
+        write_zip(folder, folder.parent / "out.zip", "root")
+        archives.append((folder.parent / "out.zip").read_bytes())
+    assert archives[0] == archives[1]
+
+
+def test_failed_report_gives_no_bundle_and_keeps_the_old_one(road, tmp_path):
+    built = build(road, tmp_path / "dist")
+    before = (tree(built.folder), built.archive.read_bytes())
+    with pytest.raises(GateError, match="1 gate failed, no bundle was written") as caught:
+        build(road, tmp_path / "dist", worse="tflite_static_int8")
+    assert "\ntflite_static_int8 in tflite on local: top1 0.5000 is below 0.9900" in str(caught.value)
+    assert (tree(built.folder), built.archive.read_bytes()) == before
+    aside = tmp_path / "dist/tiny-failed-report.json"
+    assert json.loads(aside.read_text())["passed"] is False and aside.with_suffix(".html").is_file()
+    build(road, tmp_path / "dist")
+    assert not aside.exists() and not aside.with_suffix(".html").exists()
+
+
+def test_artifact_whose_bytes_were_not_measured_stays_out(road, tmp_path):
+    report = build_report(fake_recipe(), road, fake_results(road), fake_stages())
+    path = road["onnx_int8"] / "onnx_static_int8.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(GateError, match="onnx_static_int8.onnx: its bytes are not those that were measured"):
+        build_bundle(BundleInputs(fake_recipe(), road, report, "key"), tmp_path / "dist")
+    assert not (tmp_path / "dist/tiny-android-bundle").exists() and not list((tmp_path / "dist").glob(".*draft*"))
+
+
+def test_artifact_remade_after_the_measurement_stays_out(road, tmp_path):
+    report = build_report(fake_recipe(), road, fake_results(road), fake_stages())
+    sidecar = road["onnx_int8"] / "onnx_static_int8.json"
+    sidecar.write_text(sidecar.read_text().replace(json.loads(sidecar.read_text())["sha256"], "12" * 32))
+    with pytest.raises(GateError, match="onnx_static_int8: no passing measurement of these bytes"):
+        build_bundle(BundleInputs(fake_recipe(), road, report, "key"), tmp_path / "dist")
+
+
+def test_full_disk_is_one_line_and_leaves_the_old_bundle(road, tmp_path, monkeypatch):
+    built = build(road, tmp_path / "dist")
+    before = tree(built.folder)
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bundling, "write_zip", no_room)
+    with pytest.raises(UserError, match="No space left on device.*make room"):
+        build(road, tmp_path / "dist")
+    assert tree(built.folder) == before and not list((tmp_path / "dist").glob(".*draft*"))
+
+
+def test_unexpected_error_is_no_disk_full(road, tmp_path):
+    (road["golden"] / "golden.npz").unlink()
+    report = build_report(fake_recipe(), road, fake_results(road), fake_stages())
+    with pytest.raises(FileNotFoundError):
+        build_bundle(BundleInputs(fake_recipe(), road, report, "key"), tmp_path / "dist")
+    assert not list((tmp_path / "dist").glob(".*draft*"))
+
+
+def test_out_that_is_a_file_is_one_line(road, tmp_path):
+    (tmp_path / "dist").write_text("")
+    with pytest.raises(UserError, match="no folder can be made there"):
+        build(road, tmp_path / "dist")
+
+
+def test_tokenizer_without_parity_ships_alone_and_says_why(tmp_path):
+    folder = build(fake_road(tmp_path / "road", parity=False), tmp_path / "dist").folder
+    manifest = manifest_of(folder)
+    assert manifest.tokenizer.encode_graph is None and "7 of 900" in manifest.tokenizer.reason
+    assert not list((folder / "tokenizer").glob("*.onnx"))
+    assert "7 of 900 texts" in (folder / "README.md").read_text() and "7 of 900 texts" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("stated", "with_text", "told"), [("mit", False, "mit"), (None, False, "unknown"), (None, True, "see LICENSE")])
+def test_licence(road, tmp_path, stated, with_text, told):
+    record = json.loads((road["checkpoint"] / "checkpoint.json").read_text())
+    (road["checkpoint"] / "checkpoint.json").write_text(json.dumps({**record, "licence": stated}))
+    if not with_text:
+        (road["checkpoint"] / "LICENSE").unlink()
+    folder = build(road, tmp_path / "dist").folder
+    assert manifest_of(folder).licence == told
+    text = (folder / "LICENSE").read_text()
+    assert ("Do what you like." in text) == with_text and (stated is None or with_text or stated in text)
+
+
+def test_readme_has_the_bundle_s_own_numbers(road, tmp_path):
+    folder = build(road, tmp_path / "dist").folder
+    text = (folder / "README.md").read_text()
+    for artifact in json.loads((folder / "report.json").read_text())["artifacts"]:
+        for device in artifact["devices"]:
+            assert f"| {device['decode_ms_p50']:.2f} | {device['decode_ms_p99']:.2f} |" in text
+    for told in (
+        "`past_key_values.0.key`",
+        "onnx/onnx_static_int8.onnx",
+        "-m device_tests --artifact onnx/onnx_static_int8.json",
+    ):
+        assert told in text
+    assert "{{" not in text and "Undefined" not in text

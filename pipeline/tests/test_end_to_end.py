@@ -1,0 +1,149 @@
+"""The whole road through the real command line: a random Qwen3 with texts, a random GPT-2 without any."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import CONTEXT
+from models.checkpoint import load_model, load_tokenizer
+from pipeline.runner import with_our_path
+
+SMALL = {
+    "text.window_tokens": 64, "text.prompt_tokens": 16, "text.calibration_windows": 8, "text.evaluation_windows": 4,
+    "text.sampled_recovery_tokens": 2048, "prune.ffn": 0.25, "prune.windows": 4, "recover.steps": 4, "recover.batch_windows": 4,
+    "recover.window_tokens": 64, "smooth.windows": 4, "golden.windows": 2, "golden.scored_tokens": 16, "golden.greedy_tokens": 16,
+    "onnx.greedy_tokens": 16, "onnx_int8.windows": 4, "onnx_int8.decode_steps": 4, "tflite.prefill_tokens": 16,
+    "tflite_int8.windows": 4, "tflite_int8.decode_steps": 4, "tokenizer.random_documents": 20,
+    # A random model has no favourite token, so a trained model's limits on int8 would judge chance.
+    "gates.onnx_static_int8.top1": 0.5, "gates.onnx_static_int8.perplexity_change": 0.2,
+    "gates.tflite_static_int8.top1": 0.5, "gates.tflite_static_int8.perplexity_change": 0.2,
+}  # fmt: skip
+RUNTIMES = {"onnx_fp32": {"onnxruntime"}, "onnx_static_int8": {"onnxruntime"}}
+RUNTIMES |= {"tflite_fp32": {"litert", "tflite"}, "tflite_static_int8": {"litert", "tflite"}}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder in which a person works, with a checkpoint and perhaps texts."""
+
+    folder: Path
+    options: tuple[str, ...]
+
+    def pocketlm(self, *arguments: str) -> subprocess.CompletedProcess:
+        environment = with_our_path({**os.environ, "HF_HUB_OFFLINE": "1"})
+        command = [sys.executable, "-c", "from pipeline.cli import main; main()", *arguments]
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+
+    def bundle(self) -> dict:
+        done = self.pocketlm("bundle", *self.options, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "gpt2"])
+def built(request, checkpoints, text_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    options = ["--model", str(checkpoints[request.param])]
+    options += [f"--set={key}={value}" for key, value in SMALL.items()]
+    if request.param == "qwen3":
+        options += ["--calibration", str(text_file), "--evaluation", str(text_file)]
+    place = Place(folder, tuple(options))
+    return request.param, place, place.bundle()
+
+
+def test_every_artifact_passed_in_every_runtime(built):
+    family, place, said = built
+    report = said["report"]
+    assert report["passed"] and not said["up_to_date"]
+    assert {artifact["name"]: {device["runtime"] for device in artifact["devices"]} for artifact in report["artifacts"]} == RUNTIMES
+    assert report["text_sampled"] == (family == "gpt2")
+    assert report["pruned"]["parameters"] < report["model"]["parameters"]
+    for artifact in report["artifacts"]:
+        assert artifact["bytes"] == (next((place.folder / said["folder"]).rglob(artifact["file"]))).stat().st_size
+        if artifact["name"].endswith("fp32"):
+            assert artifact["quality"]["top1"] == 1.0 and all(device["max_abs_diff"] <= 5e-5 for device in artifact["devices"])
+
+
+def test_a_second_run_measures_nothing_and_changes_nothing(built):
+    _, place, said = built
+    archive = place.folder / said["zip"]
+    before = archive.read_bytes()
+    again = place.bundle()
+    assert again["up_to_date"] and again["report"] == said["report"] and archive.read_bytes() == before
+
+
+def test_pytorch_and_all_three_runtimes_write_the_same_greedy_text(built, checkpoints):
+    _, place, said = built
+    texts = {}
+    for runtime, artifact in (("onnx", "onnx_fp32"), ("litert", "tflite_fp32"), ("tflite", "tflite_fp32")):
+        done = place.pocketlm(
+            "generate",
+            said["folder"],
+            "--runtime",
+            runtime,
+            "--artifact",
+            artifact,
+            "--prompt",
+            "def tiny",
+            "--max-tokens",
+            "12",
+            "--json",
+        )
+        assert done.returncode == 0, done.stderr
+        texts[runtime] = json.loads(done.stdout)["text"]
+    model_folder = next((place.folder / ".pocketlm" / "smooth").glob("*/model.safetensors")).parent
+    assert texts["onnx"] == texts["litert"] == texts["tflite"] == pytorch_text(model_folder, "def tiny", 12)
+
+
+def pytorch_text(folder: Path, prompt: str, tokens: int) -> str:
+    """Greedy continuation by recomputing the whole text at every step: no cache that could lie."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    for _ in range(tokens):
+        with torch.inference_mode():
+            following = model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)
+        if following.item() == model.config.eos_token_id:
+            break
+        ids = torch.cat([ids, following], dim=1)
+    assert ids.shape[1] <= CONTEXT
+    whole, given = (tokenizer.decode(row, skip_special_tokens=False) for row in (ids[0], ids[0, :start]))
+    return whole[len(given) :]
+
+
+def test_verify_accepts_the_zip_and_names_a_changed_byte(built):
+    _, place, said = built
+    good = place.pocketlm("verify", said["zip"], "--json")
+    assert good.returncode == 0, good.stderr
+    assert len(json.loads(good.stdout)["replays"]) == 6
+    folder = place.folder / said["folder"]
+    victim = next(folder.rglob("onnx_static_int8.onnx"))
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    bad = place.pocketlm("verify", said["folder"])
+    victim.write_bytes(whole)
+    assert bad.returncode == 1 and "onnx/onnx_static_int8.onnx: changed" in bad.stderr
+
+
+def test_a_missed_gate_is_exit_code_1_and_the_old_bundle_stays(built):
+    _, place, said = built
+    before = (place.folder / said["zip"]).read_bytes()
+    done = place.pocketlm("bundle", *place.options, "--set=gates.onnx_static_int8.kl=1e-12")
+    assert done.returncode == 1, done.stderr
+    for word in ("kl ", "exceeds 1e-12", "onnx_static_int8", "worst"):
+        assert word in done.stderr
+    assert (place.folder / said["zip"]).read_bytes() == before
+
+
+def test_plan_says_what_a_changed_setting_would_run(built):
+    _, place, _ = built
+    planned = json.loads(place.pocketlm("plan", *place.options, "--set=smooth.alpha=0.7", "--json").stdout)["stages"]
+    reasons = {stage["stage"]: stage["reasons"] for stage in planned}
+    assert reasons["prune"] == reasons["recover"] == [] and reasons["smooth"] == ["settings.alpha: 0.5 -> 0.7"]
+    assert reasons["onnx"] and reasons["tflite_int8"] and reasons["tokenizer"] == []

@@ -1,0 +1,203 @@
+"""Generation from a bundle: sampling, whole characters, ends, and one-line errors; over a toy that really runs."""
+
+import dataclasses
+import io
+import re
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from conftest import tiny_tokenizer
+from device_tests.tests.toy import CONTEXT, VOCABULARY, NumpySession, ToyModel
+from models.errors import GateError, UserError
+from pipeline.bundle import BundleInputs, build_bundle
+from pipeline.generate import GenerateOptions, TextStream, generate, next_token, prompt_ids, stream, told
+from pipeline.manifest import Manifest
+from pipeline.report import build_report
+from pipeline.tests.fake_road import fake_recipe, fake_results, fake_road, fake_stages, with_toy
+
+MODEL = ToyModel(0)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    root = tmp_path_factory.mktemp("generate")
+    road = with_toy(fake_road(root / "road"))
+    report = build_report(fake_recipe(), road, fake_results(road), fake_stages())
+    return build_bundle(BundleInputs(fake_recipe(), road, report, "key"), root / "dist")
+
+
+@pytest.fixture
+def manifest(bundle) -> Manifest:
+    return Manifest.model_validate_json((bundle.folder / "manifest.json").read_text())
+
+
+def tokenizer_of(bundle) -> Tokenizer:
+    return Tokenizer.from_file(str(bundle.folder / "tokenizer/tokenizer.json"))
+
+
+def greedy_text(bundle, prompt: str, count: int) -> str:
+    """What the numpy form of the toy says, without any cache."""
+    tokenizer = tokenizer_of(bundle)
+    ids = tokenizer.encode(prompt).ids
+    for _ in range(count):
+        ids.append(int(MODEL.logits(np.array(ids))[-1].argmax()))
+        if ids[-1] == 0:
+            return tokenizer.decode(ids[len(tokenizer.encode(prompt).ids) : -1])
+    return tokenizer.decode(ids[len(tokenizer.encode(prompt).ids) :])
+
+
+def run(bundle, prompt="def f(x):", runtime="onnx", **options):
+    out = io.StringIO()
+    found = generate(bundle.folder, runtime, prompt, GenerateOptions(threads=1, **options), out)
+    assert out.getvalue() == found.text
+    return found
+
+
+def test_greedy_text_is_the_model_s_own(bundle):
+    found = run(bundle, max_tokens=12)
+    assert found.text == greedy_text(bundle, "def f(x):", 12)
+    assert found.prompt_tokens == 9 and found.first_token_ms > 0
+    assert found.peak_rss_mb is None or found.peak_rss_mb > 10
+    assert re.match(r"onnx_(fp32|static_int8): \d+ tokens, .*; stopped: ", told(found))
+
+
+def test_zip_and_folder_say_the_same(bundle):
+    out = io.StringIO()
+    assert generate(bundle.archive, "onnx", "abc", GenerateOptions(max_tokens=4), out).text == run(bundle, "abc", max_tokens=4).text
+
+
+def test_echo_writes_the_prompt_once_the_model_is_open(bundle):
+    out = io.StringIO()
+    found = generate(bundle.folder, "onnx", "abc", GenerateOptions(max_tokens=3, echo=True), out)
+    assert out.getvalue() == "abc" + found.text
+    out = io.StringIO()
+    with pytest.raises(UserError, match="the prompt has"):
+        generate(bundle.folder, "onnx", "a" * 100, GenerateOptions(echo=True), out)
+    assert out.getvalue() == ""
+
+
+def test_same_seed_same_text_and_other_seeds_differ(bundle):
+    texts = [run(bundle, temperature=3.0, seed=seed, max_tokens=20).text for seed in (1, 1, 2, 3)]
+    assert texts[0] == texts[1] and len(set(texts)) > 1
+
+
+def test_artifact_can_be_chosen(bundle):
+    assert run(bundle, artifact="onnx_fp32", max_tokens=1).artifact == "onnx_fp32"
+    with pytest.raises(UserError, match="--artifact tflite_fp32: --runtime onnx opens onnx_fp32, onnx_static_int8"):
+        run(bundle, artifact="tflite_fp32")
+
+
+def test_runtime_opens_its_own_format(bundle):
+    with pytest.raises(UserError, match="--runtime cuda: no such runtime; give one of onnx, litert, tflite"):
+        run(bundle, runtime="cuda")
+    with pytest.raises(GateError, match="tflite_static_int8"):  # right bytes, but no model
+        run(bundle, runtime="litert")
+
+
+def test_context_is_filled_and_not_overrun(bundle, manifest):
+    artifact = endless(manifest.artifacts[0])
+    text = TextStream(tokenizer_of(bundle), [5])
+    found = stream(NumpySession(MODEL), artifact, [5] * 30, text, GenerateOptions(max_tokens=10_000), io.StringIO())
+    assert found.ended == "context is full" and found.new_tokens == CONTEXT - 30 + 1
+
+
+def endless(artifact):
+    """The same artifact without a token that ends a text."""
+    return artifact.model_copy(update={"interface": artifact.interface.model_copy(update={"eos_token_id": None})})
+
+
+def test_prompt_of_the_context_s_length_is_refused_in_one_line(bundle, manifest):
+    assert len(prompt_ids(tokenizer_of(bundle), "a" * (CONTEXT - 1), manifest.artifacts[0])) == CONTEXT - 1
+    for length in (CONTEXT, 5 * CONTEXT):
+        with pytest.raises(UserError, match=f"the prompt has {length} tokens but the context holds {CONTEXT}; give a shorter") as caught:
+            run(bundle, "a" * length)
+        assert "\n" not in str(caught.value)
+
+
+def test_empty_prompt_starts_with_the_model_s_first_token(bundle, manifest):
+    artifact = manifest.artifacts[0]
+    assert prompt_ids(tokenizer_of(bundle), "", artifact) == [0]
+    assert run(bundle, "", max_tokens=3).prompt_tokens == 1
+    bare = artifact.model_copy(update={"interface": artifact.interface.model_copy(update={"eos_token_id": None, "bos_token_id": None})})
+    with pytest.raises(UserError, match="the prompt is empty"):
+        prompt_ids(tokenizer_of(bundle), "", bare)
+
+
+def test_prompt_that_is_no_text_is_refused(bundle):
+    with pytest.raises(UserError, match="not UTF-8"):
+        run(bundle, "a\udcff")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("max_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1),
+     ("seed", -1), ("threads", 0)],
+)  # fmt: skip
+def test_senseless_options_are_named(bundle, option, value):
+    options = dataclasses.replace(GenerateOptions(), **{option: value})
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {value}: give "):
+        generate(bundle.folder, "onnx", "a", options, io.StringIO())
+
+
+def test_end_of_text_stops_and_is_not_written(bundle, manifest):
+    def ends(row, position):
+        return np.where(np.arange(VOCABULARY) == (0 if position >= 5 else 7), 9.0, 0.0).astype(np.float32)
+
+    text = TextStream(tokenizer_of(bundle), [5])
+    found = stream(NumpySession(MODEL, ends), manifest.artifacts[0], [5] * 3, text, GenerateOptions(max_tokens=20), io.StringIO())
+    assert found.ended == "end of text" and found.new_tokens == 3 and found.text == tokenizer_of(bundle).decode([7, 7, 7])
+
+
+def test_interrupt_ends_well(bundle, manifest):
+    def interrupted(row, position):
+        if position == 6:
+            raise KeyboardInterrupt
+        return row
+
+    artifact, text = endless(manifest.artifacts[0]), TextStream(tokenizer_of(bundle), [5])
+    found = stream(NumpySession(MODEL, interrupted), artifact, [5] * 4, text, GenerateOptions(), io.StringIO())
+    assert found.ended == "interrupted" and found.new_tokens == 3 and len(found.text) == 3
+
+
+@pytest.mark.parametrize("text", ["é😀 naïve 中文", "👩‍👩‍👧‍👦 x", "plain", " leading", "\ufffd!", "a\n\n  b"])
+def test_no_half_character_is_ever_written(text):
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    ids, prompt = tokenizer.encode(text).ids, tokenizer.encode("p:").ids
+    pieces = TextStream(tokenizer, prompt)
+    written = [pieces.push(token) for token in ids]
+    assert "".join(written) + pieces.finish() == text
+    for piece in written:
+        piece.encode("utf-8")
+        assert "\ufffd" in text or "\ufffd" not in piece
+
+
+def test_unfinished_bytes_come_out_at_the_end():
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    half = tokenizer.encode("😀").ids[:-1]
+    pieces = TextStream(tokenizer, tokenizer.encode("p").ids)
+    assert "".join(pieces.push(token) for token in half) == "" and set(pieces.finish()) == {"\ufffd"}
+
+
+def test_sampling_follows_the_shares():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05])).astype(np.float32)
+    generator = np.random.default_rng(0)
+
+    def shares(**options) -> np.ndarray:
+        chosen = GenerateOptions(**options)
+        drawn = [next_token(logits, chosen, generator) for _ in range(4000)]
+        return np.bincount(drawn, minlength=4) / 4000
+
+    assert next_token(logits, GenerateOptions(), generator) == 0
+    np.testing.assert_allclose(shares(temperature=1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    np.testing.assert_allclose(shares(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(shares(temperature=1.0, top_p=0.79), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(shares(temperature=0.5), np.array([25, 9, 2.25, 0.25]) / 36.5, atol=0.03)
+    assert shares(temperature=1.0, top_p=1e-9)[0] == 1 and shares(temperature=1e-6)[0] == 1
+
+
+def test_top_k_beyond_the_vocabulary_and_certain_logits():
+    logits = np.array([-1e30, 5.0, -1e30], dtype=np.float32)
+    assert next_token(logits, GenerateOptions(temperature=1.0, top_k=50), np.random.default_rng(0)) == 1
+    assert next_token(logits, GenerateOptions(temperature=1.0, top_p=1.0), np.random.default_rng(0)) == 1

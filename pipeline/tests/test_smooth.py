@@ -1,0 +1,169 @@
+"""SmoothQuant: the function stays, the outliers go, and the scales are the paper's formula written out channel by channel."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from conftest import tiny_model
+from models.checkpoint import load_model
+from models.errors import GateError, UserError
+from models.families import SUPPORTED_FAMILIES, layer_parts, linear_layers
+from models.settings import TextSettings
+from pipeline import smooth
+from pipeline.settings import SmoothSettings
+
+ROTARY_FAMILIES = ("llama", "qwen2", "qwen3")
+WINDOWS = torch.from_numpy(np.random.default_rng(1).integers(0, 384, (6, 24)))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text_stage")
+    np.save(folder / "calibration.npy", WINDOWS.numpy().astype(np.int32))
+    return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(WINDOWS).logits
+
+
+def with_outliers(family: str, seed: int, strength: float) -> torch.nn.Module:
+    """A random model whose norms and v rows blow some channels up, and whose biases are not zero."""
+    model = tiny_model(family, seed=seed).requires_grad_(False)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    for parts in layer_parts(model):
+        for norm in (parts.attention_norm, parts.ffn_norm):
+            norm.weight[torch.randperm(64)[:4]] *= strength
+        parts.v.weight[torch.randperm(len(parts.v.weight))[:3]] *= strength
+        if parts.up is not None:
+            parts.up.weight[torch.randperm(len(parts.up.weight))[:3]] *= strength
+    return model
+
+
+@settings(max_examples=24, deadline=None)
+@given(family=st.sampled_from(SUPPORTED_FAMILIES), seed=st.integers(0, 4), strength=st.floats(1, 200), alpha=st.floats(0, 1))
+def test_function_does_not_change_whatever_the_outliers(family, seed, strength, alpha):
+    model = with_outliers(family, seed, strength)
+    before, weights = logits(model), {name: module.weight.clone() for name, module in linear_layers(model).items()}
+    smooth.smooth(model, WINDOWS, alpha)
+    assert float((logits(model) - before).abs().max()) <= smooth.TOLERANCE * float(before.abs().max())
+    changed = [name for name, module in linear_layers(model).items() if not torch.equal(module.weight, weights[name])]
+    assert len(changed) == len(weights) - (2 if family == "gpt2" else 0)  # GPT-2's two c_proj after the gelu stay
+
+
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_norm_scale_is_the_papers_formula(family):
+    """Both sides written out: what q, k and v see afterwards is X / s and their weights are W * s, s = |X|^a / |W|^(1-a)."""
+    alpha = 0.6
+    model, original = with_outliers(family, 0, 40.0), with_outliers(family, 0, 40.0)
+    seen = {}
+
+    def inputs_of(which, name):
+        module = layer_parts(which)[0].q.module
+        handle = module.register_forward_pre_hook(lambda module, inputs: seen.__setitem__(name, inputs[0]))
+        logits(which)
+        handle.remove()
+
+    inputs_of(original, "before")
+    smooth.smooth(model, WINDOWS, alpha)
+    inputs_of(model, "after")
+    parts = layer_parts(original)[0]
+    for channel in range(0, 64, 7):
+        largest_x = seen["before"][..., channel].abs().max().item()
+        largest_w = max(projection.weight[:, channel].abs().max().item() for projection in (parts.q, parts.k, parts.v))
+        scale = largest_x**alpha / largest_w ** (1 - alpha)
+        assert np.allclose(seen["after"][..., channel], seen["before"][..., channel] / scale, rtol=1e-3, atol=1e-5)
+        assert np.allclose(layer_parts(model)[0].k.weight[:, channel], parts.k.weight[:, channel] * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ROTARY_FAMILIES)
+def test_v_scale_is_shared_inside_a_kv_group(family):
+    model, original = with_outliers(family, 2, 30.0), with_outliers(family, 2, 30.0)
+    smooth.smooth(model, WINDOWS, 0.5)
+    after, before = layer_parts(model)[1], layer_parts(original)[1]
+    grown = (after.o.weight / before.o.weight)[0].reshape(2, 2, 16)  # [kv_heads, query heads of it, head_dim]
+    assert torch.allclose(grown[:, 0], grown[:, 1], rtol=1e-5) and grown.std() > 0.01
+    # v was scaled through its inputs too, so look at it where they cancel: v's output row against its old one
+    ratio = (after.v.weight / before.v.weight) * grown[:, 0].reshape(-1, 1)  # [v rows, inputs]: the input scale alone remains
+    assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-4)
+    if before.v.bias is not None:
+        assert torch.allclose(after.v.bias * grown[:, 0].reshape(-1), before.v.bias, rtol=1e-5)
+        assert torch.equal(after.q.bias, before.q.bias) and torch.equal(after.k.bias, before.k.bias)
+
+
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_outliers_shrink(family):
+    for fold in smooth.smooth(with_outliers(family, 3, 60.0), WINDOWS, 0.8):
+        if "norm" in fold["fold"]:
+            assert fold["outliers_after"] < 0.5 * fold["outliers_before"]
+
+
+@pytest.mark.parametrize("family", ROTARY_FAMILIES)
+def test_dead_channels_are_left_alone(family):
+    model = with_outliers(family, 0, 10.0)
+    for parts in layer_parts(model):
+        parts.attention_norm.weight[5] = 0.0  # nothing comes
+        for projection in parts.ffn_inputs:
+            projection.weight[:, 6] = 0.0  # nobody listens
+        parts.up.weight[7] = 0.0
+        parts.v.weight[:16] = 0.0
+        if parts.v.bias is not None:
+            parts.v.bias[:16] = 0.0
+    before, queries = logits(model), [parts.q.weight[:, 5].clone() for parts in layer_parts(model)]
+    smooth.smooth(model, WINDOWS, 0.5)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert float((logits(model) - before).abs().max()) <= smooth.TOLERANCE * float(before.abs().max())
+    assert all(torch.equal(parts.q.weight[:, 5], query) for parts, query in zip(layer_parts(model), queries, strict=True))
+
+
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_stage_writes_a_plain_folder_and_what_it_measured(family, checkpoints, text, tmp_path):
+    smooth.run(SmoothSettings(windows=6), tmp_path, recover=checkpoints[family], text=text)
+    record = json.loads((tmp_path / "smooth.json").read_text())
+    difference = logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()) - logits(load_model(checkpoints[family]))
+    assert 0 < record["max_abs_difference"] <= float(difference.abs().max()) <= record["tolerance"]
+    assert len(record["folds"]) == (6 if family == "gpt2" else 8)
+    assert [entry["input"] for entry in record["not_folded"]] == (["layers.0.down", "layers.1.down"] if family == "gpt2" else [])
+
+
+def test_disabled_changes_no_weight(checkpoints, text, tmp_path):
+    smooth.run(SmoothSettings(enabled=False, windows=6), tmp_path, recover=checkpoints["llama"], text=text)
+    record = json.loads((tmp_path / "smooth.json").read_text())
+    assert record["folds"] == [] and record["max_abs_difference"] == 0
+    assert torch.equal(logits(load_model(tmp_path)), logits(load_model(checkpoints["llama"])))
+
+
+def test_pruned_weights_stay_zero(checkpoints):
+    model = load_model(checkpoints["llama"])
+    for module in linear_layers(model).values():
+        module.weight[module.weight.abs() < 0.1] = 0.0
+    zeros = {name: module.weight == 0 for name, module in linear_layers(model).items()}
+    smooth.smooth(model, WINDOWS, 0.5)
+    assert all(torch.equal(module.weight == 0, zeros[name]) for name, module in linear_layers(model).items())
+
+
+def test_a_fold_that_changes_the_function_fails_the_gate(checkpoints, text, tmp_path, monkeypatch):
+    def forgets_the_producer(fold, scale):
+        for consumer in fold.consumers:
+            consumer.weight.mul_(scale)
+
+    monkeypatch.setattr(smooth, "apply", forgets_the_producer)
+    with pytest.raises(GateError, match="smoothing changed a logit"):
+        smooth.run(SmoothSettings(windows=6), tmp_path, recover=checkpoints["llama"], text=text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_few_windows(checkpoints, text, tmp_path):
+    with pytest.raises(UserError, match="set smooth.windows=6"):
+        smooth.run(SmoothSettings(windows=7), tmp_path, recover=checkpoints["llama"], text=text)
+    assert SmoothSettings().windows <= TextSettings().calibration_windows
