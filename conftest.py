@@ -47,7 +47,13 @@ def tiny_text() -> str:
 def tiny_model(family: str, layers: int = 2, tied: bool = True, seed: int = 0) -> torch.nn.Module:
     """A random fp32 decoder of hidden size 64. Weights are drawn wide enough that logits are not flat."""
     torch.manual_seed(seed)
-    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.15, "tie_word_embeddings": tied}
+    common = {
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": tied,
+    }
     rotary = {**common, **ROTARY, "hidden_size": 64, "num_hidden_layers": layers}
     makers = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**rotary)),
