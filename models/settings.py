@@ -14,7 +14,7 @@ class StageSettings(BaseModel):
 class CheckpointSettings(StageSettings):
     """Where the model comes from."""
 
-    source: str = Field("models/demo", description="Hugging Face folder, or a hub id such as org/name")
+    source: str = Field(description="Hugging Face folder, or a hub id such as org/name")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit); none: the default branch")
 
 

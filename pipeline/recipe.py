@@ -32,7 +32,7 @@ class Recipe(StageSettings):
     """Every stage's settings under the stage's name, the gates, and how devices measure."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="the bundle is <name>-android-bundle")]
-    checkpoint: CheckpointSettings = CheckpointSettings()
+    checkpoint: CheckpointSettings
     text: TextSettings = TextSettings()
     prune: PruneSettings = PruneSettings()
     recover: RecoverSettings = RecoverSettings()

@@ -24,7 +24,13 @@ from pipeline.recipe import Recipe
 from pipeline.stages import STAGES, Stage
 
 RECORD = "stage.json"
-QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "PYTHONHASHSEED": "0"}
+QUIET = {
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+    "PYTHONHASHSEED": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads sleep: on a busy machine spinning ones cost many times what they gain
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class StageRun:
 def plan(recipe: Recipe, work: Path) -> list[Planned]:
     """Every stage with its key, in order. Nothing is run; only the inputs outside the road are read."""
     planned, keys = [], {}
+    work = work.resolve()  # stages start processes of their own, wherever those may stand
     for stage in STAGES:
         inputs = {keyword: keys[name] for keyword, name in stage.inputs.items()}
         parts = parts_of(stage, getattr(recipe, stage.name), inputs)

@@ -95,7 +95,7 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line(tmp_path, spoil, words):
 @pytest.mark.parametrize(("content", "words"), [(b"", "empty"), (b"\xff\xfe\x00\xd8", "UTF-8"), (b"too short", "token")])
 def test_a_spoilt_text_is_refused_in_one_line(tmp_path, checkpoints, content, words):
     (tmp_path / "text.txt").write_bytes(content)
-    line = refused(tmp_path, "run", "--model", str(checkpoints["llama"]), "--calibration", "text.txt", "--evaluation", "text.txt")
+    line = refused(tmp_path, "run", "--model", str(checkpoints["llama"]), "--calibration", "text.txt", "--set=text.window_tokens=64")
     assert words in line and line.startswith("pocketlm: text: ")
 
 

@@ -12,6 +12,7 @@ import torch
 
 from conftest import CONTEXT
 from models.checkpoint import load_model, load_tokenizer
+from pipeline import fingerprint
 from pipeline.runner import with_our_path
 
 SMALL = {
@@ -52,7 +53,9 @@ def built(request, checkpoints, text_file, tmp_path_factory):
     options = ["--model", str(checkpoints[request.param])]
     options += [f"--set={key}={value}" for key, value in SMALL.items()]
     if request.param == "qwen3":
-        options += ["--calibration", str(text_file), "--evaluation", str(text_file)]
+        held_out = folder / "held-out.txt"
+        held_out.write_text(Path(fingerprint.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+        options += ["--calibration", str(text_file), "--evaluation", str(held_out)]
     place = Place(folder, tuple(options))
     return request.param, place, place.bundle()
 

@@ -1,0 +1,61 @@
+"""The JSON beside every exported model file: what it is, what it came from, what was measured. Shared by ONNX and TFLite.
+
+A sidecar states facts of the files that lie beside it (sha256, bytes), so it is written last, and by nobody else.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from models.provenance import library_versions, settings_record, sha256_of, write_json
+from models.settings import StageSettings
+
+
+def checkpoint_sha256(folder: Path) -> str:
+    """Identity of a Hugging Face folder's weights: the file's SHA-256, or for shards that of their digests in name order."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if len(shards) == 1:
+        return sha256_of(shards[0])
+    return hashlib.sha256("".join(sha256_of(shard) for shard in shards).encode()).hexdigest()
+
+
+def read_sidecar(path: Path) -> dict:
+    """The sidecar as written by ``write_sidecar``."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_sidecar(
+    out: Path,
+    name: str,
+    format: str,
+    *,
+    files: list[Path],
+    interface: dict,
+    tensors: dict,
+    parent: str,
+    settings: StageSettings,
+    measured: dict,
+    libraries: tuple[str, ...],
+) -> dict:
+    """Write ``out/<name>.json`` and return what it holds.
+
+    ``files`` are the artifact's files, model file first, all in ``out``; ``parent`` is the SHA-256 of what it was made from;
+    ``libraries`` are the distributions whose versions matter to the bytes. No times, hosts or paths: same inputs, same bytes.
+    """
+    described = [{"path": path.name, "sha256": sha256_of(path), "bytes": path.stat().st_size} for path in files]
+    sidecar = {
+        "name": name,
+        "format": format,
+        "file": described[0]["path"],
+        "files": described,
+        "sha256": described[0]["sha256"],
+        "bytes": sum(file["bytes"] for file in described),
+        "interface": interface,
+        "tensors": tensors,
+        "parent": parent,
+        "settings": settings_record(settings),
+        "versions": library_versions(*libraries),
+        "measured": measured,
+    }
+    write_json(out / f"{name}.json", sidecar)
+    return sidecar

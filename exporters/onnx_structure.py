@@ -1,0 +1,86 @@
+"""What ONNX Runtime really runs of a quantised graph: counted on the graph that it has optimised, not on the file.
+
+A QDQ file says what is meant to be int8. Only after ONNX Runtime's fusions is it visible whether a weight is multiplied as int8,
+or dequantised at every step and multiplied in float, which is slower than fp32 and raises no error.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnxruntime
+from onnx import TensorProto
+
+from exporters.onnx_session import WARNINGS_OFF
+from models.errors import GateError
+
+INT8_LINEAR = ("MatMulIntegerToFloat", "QLinearMatMul", "DynamicQuantizeMatMul", "QGemm")
+FLOAT_LINEAR = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+INDEX_STEPS = ("Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Node names per kind, on the optimised graph."""
+
+    int8_linear: tuple[str, ...]
+    float_linear: tuple[str, ...]  # float products with a constant matrix
+    dequantised_weights: tuple[str, ...]  # weights turned to float at every step
+    float_embeddings: tuple[str, ...]  # tables in float that token ids look up
+    float_tables: tuple[str, ...]  # other tables in float, such as GPT-2's positions
+
+
+def structure_of(path: Path) -> Structure:
+    """Let ONNX Runtime optimise the file at ``path`` as every session does, and read the result."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = WARNINGS_OFF
+        options.optimized_model_filepath = str(optimised)
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(optimised).graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    weights = {name for name, tensor in constants.items() if len(tensor.dims) >= 2}
+    float_weights = {name for name in weights if constants[name].data_type in FLOATS}
+    producers = {output: node for node in graph.node for output in node.output}
+    float_gathers = [node for node in graph.node if node.op_type == "Gather" and node.input[0] in float_weights]
+    dequantised = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in weights}
+    matrices = float_weights | dequantised.keys()
+    return Structure(
+        int8_linear=_names(node for node in graph.node if node.op_type in INT8_LINEAR and weights & set(node.input)),
+        float_linear=_names(node for node in graph.node if node.op_type in FLOAT_LINEAR and matrices & set(node.input)),
+        dequantised_weights=tuple(node.input[0] for node in dequantised.values()),
+        float_embeddings=tuple(node.input[0] for node in float_gathers if is_token_gather(node, producers)),
+        float_tables=tuple(node.input[0] for node in float_gathers if not is_token_gather(node, producers)),
+    )
+
+
+def require_int8(structure: Structure, linear_layers: int, artifact: str) -> None:
+    """GateError, naming the node, unless every linear layer and the embedding run as int8."""
+    faults = [
+        (structure.float_linear, "float products with a constant matrix"),
+        (structure.dequantised_weights, "weights dequantised at every step"),
+        (structure.float_embeddings, "embedding tables in float"),
+    ]
+    for names, fault in faults:
+        if names:
+            raise GateError(f"{artifact}: {len(names)} {fault}, limit 0, after ONNX Runtime's optimisation; first: {names[0]}")
+    if len(structure.int8_linear) != linear_layers:
+        found = f"{len(structure.int8_linear)} int8 linear layers, expected {linear_layers}"
+        raise GateError(f"{artifact}: {found}, after ONNX Runtime's optimisation; found: {', '.join(structure.int8_linear)}")
+
+
+def _names(nodes) -> tuple[str, ...]:
+    return tuple(node.name or node.output[0] for node in nodes)
+
+
+def is_token_gather(node: onnx.NodeProto, producers: dict[str, onnx.NodeProto]) -> bool:
+    """Whether ``node`` looks token ids up, perhaps in another shape or integer type. ``producers``: node by output name."""
+    if node.op_type != "Gather":
+        return False
+    index = node.input[1]
+    while index in producers and producers[index].op_type in INDEX_STEPS:
+        index = producers[index].input[0]
+    return index == "input_ids"

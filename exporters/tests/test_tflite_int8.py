@@ -1,0 +1,191 @@
+"""Static int8 TFLite on tiny random models: what is int8, what it computes, and the failures that must be named."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ai_edge_litert import interpreter as litert
+from ai_edge_quantizer import qtyping, quantizer
+
+from conftest import VOCABULARY, write_checkpoint
+from exporters import tflite_export, tflite_int8
+from exporters.settings import TfliteInt8Settings, TfliteSettings
+from exporters.tflite_calibration import SAMPLED_LOGITS, ObservedReplay, calibrate
+from exporters.tflite_coverage import check_coverage
+from exporters.tflite_equalise import equalise
+from exporters.tflite_logit_range import choose_logit_range, fake_quantised
+from exporters.tflite_parity import Feeds, agreement
+from exporters.tflite_replay import Replay, replay_all
+from exporters.tflite_structure import operators, read_model, write_model
+from models.errors import GateError
+
+SETTINGS = TfliteInt8Settings(windows=4, decode_steps=6)
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tflite_int8_text")
+    np.save(folder / "calibration.npy", np.random.default_rng(0).integers(0, VOCABULARY, (8, 40)).astype(np.int32))
+    return folder
+
+
+@pytest.fixture(scope="session", params=[("llama", True), ("gpt2", True), ("llama", False)], ids=["llama", "gpt2", "untied"])
+def float_folder(request, tmp_path_factory, text_folder) -> Path:
+    torch.set_num_threads(1)
+    family, tied = request.param
+    folder = tmp_path_factory.mktemp("tflite_float")
+    write_checkpoint(folder / "model", family, tied=tied)
+    tflite_export.run(TfliteSettings(prefill_tokens=12, context_tokens=48), folder, smooth=folder / "model", text=text_folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def int8_folder(float_folder, text_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tflite_int8")
+    tflite_int8.run(SETTINGS, folder, tflite=float_folder, text=text_folder)
+    return folder
+
+
+def run_litert(path: Path, feeds: Feeds) -> np.ndarray:
+    return replay_all(Replay(litert.Interpreter(str(path), num_threads=1)), feeds.tokens, feeds.prompt_tokens)
+
+
+def random_feeds() -> Feeds:
+    return Feeds(np.random.default_rng(7).integers(0, VOCABULARY, (3, 34)).astype(np.int32), np.array([20, 12, 5], np.int32))
+
+
+def test_sidecar_tells_what_is_int8(int8_folder):
+    measured = json.loads((int8_folder / "tflite_static_int8.json").read_text())["measured"]
+    coverage = measured["coverage"]
+    assert coverage["linear_layers"] == coverage["int8_linear_layers"] > 0 and coverage["embedding_int8"]
+    assert measured["operators"]["decode"]["FULLY_CONNECTED"] == measured["operators"]["prefill"]["FULLY_CONNECTED"]
+    for runtime in ("litert", "tflite"):
+        found = measured["agreement_with_parent"][runtime]
+        assert found["top1"] > 0.6 and 0 < found["kl"] < 0.05  # random weights: flat logits, so the first place is often close
+    assert 0 < measured["bytes_of_parent"] < 1
+
+
+def test_same_bytes_twice(int8_folder, float_folder, text_folder, tmp_path):
+    tflite_int8.run(SETTINGS, tmp_path, tflite=float_folder, text=text_folder)
+    for name in ("tflite_static_int8.tflite", "tflite_static_int8.json"):
+        assert (tmp_path / name).read_bytes() == (int8_folder / name).read_bytes()
+
+
+def test_equalising_keeps_the_function(float_folder, text_folder, tmp_path):
+    path = float_folder / "tflite_fp32.tflite"
+    graph = read_model(path)
+    windows = np.load(text_folder / "calibration.npy")[:2]
+    ranges = calibrate(path, operators(graph), windows, decode_steps=4).ranges
+    for seen in ranges.values():  # outliers, so that inputs are smoothed too
+        seen.high[0] = 50 * seen.high.max()
+    equalise(graph, ranges, alpha=0.75)
+    assert any("/smoothed" in name for name in ranges)
+    write_model(graph, tmp_path / "equalised.tflite")
+    feeds = random_feeds()
+    before, after = run_litert(path, feeds), run_litert(tmp_path / "equalised.tflite", feeds)
+    assert np.abs(before - after).max() < 1e-4 * np.abs(before).max()
+
+
+def test_unrelated_logits_are_a_gate_error(float_folder, text_folder, tmp_path):
+    """Weights in reversed order compute something finite that has nothing to do with the parent."""
+    windows = np.load(text_folder / "calibration.npy")
+    interface = json.loads((float_folder / "tflite_fp32.json").read_text())["interface"]
+    graph = read_model(float_folder / "tflite_fp32.tflite")
+    for operator in operators(graph):
+        if operator.name == "FULLY_CONNECTED" and operator.signature == "decode":
+            weight = graph.buffers[operator.inputs[1].buffer].data.view(np.float32)
+            graph.buffers[operator.inputs[1].buffer].data = weight[::-1].copy().view(np.uint8)
+    write_model(graph, tmp_path / "broken.tflite")
+    with pytest.raises(GateError, match="agrees with the float file"):
+        tflite_int8.check_agreement(tmp_path / "broken.tflite", float_folder / "tflite_fp32.tflite", windows, interface)
+
+
+def test_int8_is_near_the_float_file(int8_folder, float_folder):
+    feeds = random_feeds()
+    logits = run_litert(int8_folder / "tflite_static_int8.tflite", feeds)
+    found = agreement(logits, run_litert(float_folder / "tflite_fp32.tflite", feeds))
+    assert found.top1 > 0.6 and 0 < found.kl < 0.05
+
+
+@pytest.mark.parametrize(
+    ("pattern", "granularity", "message"),
+    [
+        ("proj|c_attn|c_fc", qtyping.QuantGranularity.TENSORWISE, "(logits|lm_head).*not int8"),
+        (".", qtyping.QuantGranularity.CHANNELWISE, "scales"),
+    ],
+)
+def test_wrong_recipes_are_named(float_folder, text_folder, tmp_path, pattern, granularity, message):
+    """A head left float, and weights with a scale per channel, which tflite-runtime 2.14 computes wrongly in silence."""
+    path = float_folder / "tflite_fp32.tflite"
+    found = operators(read_model(path))
+    ranges = calibrate(path, found, np.load(text_folder / "calibration.npy")[:1], decode_steps=4).ranges
+    process = quantizer.Quantizer(str(path))
+    process.add_static_config(f".*({pattern}).*", qtyping.TFLOperationName.FULLY_CONNECTED, 8, 8, granularity)
+    process.add_dynamic_config(".*", qtyping.TFLOperationName.EMBEDDING_LOOKUP, 8, qtyping.QuantGranularity.TENSORWISE)
+    seen = {name: {"min": np.array([[r.low.min()]]), "max": np.array([[r.high.max()]])} for name, r in ranges.items()}
+    broken = tmp_path / "broken.tflite"
+    broken.write_bytes(process.quantize(seen, enable_progress_report=False).quantized_model)
+    with pytest.raises(GateError, match=message):
+        check_coverage(operators(read_model(broken)), found, "tflite_static_int8")
+
+
+def test_calibration_streams_windows(float_folder, text_folder):
+    """Windows are taken one at a time, ranges only widen, and the sample of logits stays bounded."""
+    path = float_folder / "tflite_fp32.tflite"
+    found = operators(read_model(path))
+    windows = np.load(text_folder / "calibration.npy")
+    taken = []
+
+    def stream(count: int):
+        for index in range(count):
+            taken.append(index)
+            yield windows[index % len(windows)]
+
+    few, many = (calibrate(path, found, stream(count), decode_steps=6) for count in (1, 6))
+    assert taken == [0, 0, 1, 2, 3, 4, 5]
+    assert few.ranges.keys() == many.ranges.keys()
+    for name, seen in few.ranges.items():
+        assert (many.ranges[name].low <= seen.low).all() and (many.ranges[name].high >= seen.high).all()
+        assert seen.low.ndim == 1  # one number per channel, nothing per window
+
+
+def test_sampled_logits_are_bounded(float_folder):
+    path = float_folder / "tflite_fp32.tflite"
+    interpreter = litert.Interpreter(str(path), num_threads=1, experimental_preserve_all_tensors=True)
+    observed = ObservedReplay(interpreter, operators(read_model(path)))
+    wide = SAMPLED_LOGITS // 8
+    for call in range(100):
+        observed.sample(np.full(wide, call, np.float32))
+    kept = [int(row[0]) for row in observed.logits]
+    assert 4 <= len(kept) <= 9 and kept[0] == 0 and kept[-1] > 80
+    assert len(set(np.diff(kept))) == 1  # evenly spread over the calls
+
+
+def test_padding_does_not_widen_ranges(float_folder, text_folder):
+    """A prompt of 13 tokens fills one chunk and one row of the next; its ranges are those of the same tokens as steps."""
+    path = float_folder / "tflite_fp32.tflite"
+    found = operators(read_model(path))
+    window = np.load(text_folder / "calibration.npy")[:1, :20]
+    padded, stepped = (calibrate(path, found, window, decode_steps=steps).ranges for steps in (7, 19))
+    inner = [name for name in padded if "logits" not in name and "lm_head" not in name]
+    head = {op.inputs[0].name for op in found if "logits" in op.outputs[0].name}
+    for name in set(inner) - head:
+        np.testing.assert_allclose(padded[name].high, stepped[name].high, atol=1e-4)
+        np.testing.assert_allclose(padded[name].low, stepped[name].low, atol=1e-4)
+
+
+def test_logit_range_is_never_worse_than_the_whole_range():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-4, 3, (16, 200)).astype(np.float32)
+    logits[np.arange(16), rng.integers(0, 200, 16)] = 9.0
+    chosen = choose_logit_range(logits, np.ones(1, np.float32))
+    assert chosen.kl <= chosen.kl_whole_range and chosen.low > logits.min()
+    assert choose_logit_range(np.zeros((2, 5), np.float32), np.ones(1)).high > 0
+
+
+def test_fake_quantisation_rounds_to_the_nearest_step():
+    values = np.linspace(-1, 3, 101)
+    assert np.abs(fake_quantised(values, -1.0, 3.0) - values).max() <= 4 / 255
+    assert fake_quantised(np.array([10.0]), -1.0, 3.0)[0] == pytest.approx(3.0, abs=4 / 255)
