@@ -59,9 +59,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--quality", action="store_true", help="also score perplexity, KL and top-1 on evaluation.npz")
     command.add_argument("--no-timing", action="store_true", help="replay only; no times and no memory")
     command.add_argument("--prompt-tokens", type=int, help="length of the timed prompt (default: that of the golden prompts)")
-    command.add_argument(
-        "--decode-tokens", type=int, default=CheckOptions.decode_tokens, help="single tokens timed (default %(default)s)"
-    )
+    command.add_argument("--decode-tokens", type=int, default=CheckOptions.decode_tokens, help="single tokens timed (default %(default)s)")
     command.add_argument("--device", default=CheckOptions.device, help="name of this device in the result (default %(default)s)")
     return command
 

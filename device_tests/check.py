@@ -44,9 +44,7 @@ def check(sidecar: Path, golden: Path, options: CheckOptions) -> dict[str, Any]:
     return check_artifact(artifact, vectors, options, version, lambda: open_artifact(artifact, options.runtime, options.threads))
 
 
-def check_artifact(
-    artifact: Artifact, golden: Vectors, options: CheckOptions, version: str, load: Callable[[], Session]
-) -> dict[str, Any]:
+def check_artifact(artifact: Artifact, golden: Vectors, options: CheckOptions, version: str, load: Callable[[], Session]) -> dict[str, Any]:
     """As ``check``, with the artifact read and the runtime imported; ``load`` opens it."""
     fields: dict[str, Any] = {}
     failures: list[str] = []

@@ -115,7 +115,10 @@ def observing_session(model: onnx.ModelProto, names: list[str]) -> onnxruntime.I
         del model.graph.output[-len(outputs) :]
 
 
-def observe(session: onnxruntime.InferenceSession, names: list[str], feeds: Feeds, visit: Callable[[str, np.ndarray], None]) -> None:
+Visit = Callable[[str, np.ndarray], None]
+
+
+def observe(session: onnxruntime.InferenceSession, names: list[str], feeds: Feeds, visit: Visit) -> None:
     """Call ``visit(name, values)`` for every tensor of every feed; nothing is kept between feeds but the cache of one window."""
     for window in track(feeds.windows, "calibrating", total=len(feeds.windows)):
         for values in _run_window(session, names, window, feeds.decode_steps):

@@ -13,7 +13,6 @@ from scipy.special import log_softmax
 
 from exporters.artifact import read_sidecar, write_sidecar
 from exporters.onnx_calibration import Feeds, Range, activation_ranges
-from exporters.onnx_export import EXTERNAL_DATA_BYTES
 from exporters.onnx_qdq import Scheme, linear_layers, quantise
 from exporters.onnx_rounding import compensate
 from exporters.onnx_session import empty_past, open_session, run_tokens
@@ -40,6 +39,7 @@ class Agreement:
 def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
     """Write onnx_static_int8.onnx and its sidecar. GateError unless every linear layer and the embedding run as int8."""
     parent = read_sidecar(onnx / f"{PARENT}.json")
+    require_one_file(parent)
     source = onnx / parent["file"]
     model = onnx_format.load(source)
     layers = linear_layers(model)
@@ -51,15 +51,16 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
     quantised = quantise(onnx_format.load(source), scheme)
     if settings.rounding == "compensated":
         compensate(quantised, model, layers, feeds.windows)
-    files = save(quantised, out / f"{NAME}.onnx")
-    structure = structure_of(files[0])
+    path = out / f"{NAME}.onnx"
+    onnx_format.save(quantised, path)
+    structure = structure_of(path)
     require_int8(structure, len(layers) + len(two_step), NAME)
-    agreement = compare(source, files[0], np.load(text / "validation.npy")[:COMPARED_WINDOWS])
+    agreement = compare(source, path, np.load(text / "validation.npy")[:COMPARED_WINDOWS])
     write_sidecar(
         out,
         NAME,
         "onnx",
-        files=files,
+        files=[path],
         interface=parent["interface"],
         tensors=parent["tensors"],
         parent=parent["sha256"],
@@ -80,19 +81,16 @@ def calibration_windows(text: Path, settings: OnnxInt8Settings) -> np.ndarray:
     return windows
 
 
+def require_one_file(parent: dict) -> None:
+    """UserError for a parent whose weights lie outside its graph file: calibration hands ONNX Runtime the graph as one message."""
+    if len(parent["files"]) > 1:
+        size = f"{parent['bytes'] / 1e9:.1f} GB of fp32 weights"
+        raise UserError(f"{size} are more than static int8 for ONNX takes (1.8 GB); use a smaller model or prune more")
+
+
 def two_step_layers(layers: dict[str, str], ranges: dict[str, Range], crest: float | None) -> tuple[str, ...]:
     """Linear layers whose input spans more than ``crest`` standard deviations. ``layers``: input tensor by layer name."""
     return tuple(name for name, value in layers.items() if crest is not None and ranges[value].crest > crest)
-
-
-def save(model: onnx_format.ModelProto, path: Path) -> list[Path]:
-    """Write the graph; weights go to a second file only where one file cannot hold them."""
-    if model.ByteSize() <= EXTERNAL_DATA_BYTES:
-        onnx_format.save(model, path)
-        return [path]
-    data = path.with_name(path.name + ".data")
-    onnx_format.save(model, path, save_as_external_data=True, location=data.name)
-    return [path, data]
 
 
 def compare(reference: Path, quantised: Path, windows: np.ndarray) -> Agreement:

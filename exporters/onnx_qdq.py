@@ -23,6 +23,7 @@ from exporters.onnx_structure import is_token_gather
 
 INT8_MAX, INT7_MAX = 127, 63
 SAFE_RANGE = (0.0, 1.0)  # for an activation that was zero on the whole text: any scale represents zero exactly
+HEADROOM = 2.0  # of the range seen, for inputs of two steps: a clipped value costs more than a step twice as wide
 UINT8_STEPS, UINT8_MIDDLE = 255, 128
 DEQUANTISED = "_DequantizeLinear_Output"  # how the QDQ writer calls what comes out of a pair
 
@@ -45,8 +46,9 @@ def linear_layers(model: onnx.ModelProto) -> dict[str, str]:
 
 def quantise(model: onnx.ModelProto, scheme: Scheme) -> onnx.ModelProto:
     """The int8 graph: every linear layer but those in ``scheme.exclude``, and the embedding."""
-    ends = {name: SAFE_RANGE if found.low == found.high == 0 else (found.low, found.high) for name, found in scheme.ranges.items()}
-    data = TensorsData(CalibrationMethod.MinMax, {name: (np.float32(low), np.float32(high)) for name, (low, high) in ends.items()})
+    two_step_inputs = {value for name, value in linear_layers(model).items() if name in scheme.two_step}
+    ends = {name: represented(found, name in two_step_inputs) for name, found in scheme.ranges.items()}
+    data = TensorsData(CalibrationMethod.MinMax, ends)
     quantizer = QDQQuantizer(
         model,
         per_channel=True,
@@ -67,6 +69,14 @@ def quantise(model: onnx.ModelProto, scheme: Scheme) -> onnx.ModelProto:
     quantise_embeddings(quantised.graph, INT7_MAX if scheme.reduce_range else INT8_MAX)
     drop_unused_initializers(quantised.graph)
     return quantised
+
+
+def represented(found: Range, two_step: bool) -> tuple[np.float32, np.float32]:
+    """The ends that int8 spans. Two steps have steps to spare, so values beyond those of the calibration text fit as well."""
+    if found.low == found.high == 0:
+        return tuple(map(np.float32, SAFE_RANGE))
+    margin = HEADROOM if two_step else 1.0
+    return np.float32(found.low * margin), np.float32(found.high * margin)
 
 
 def add_remainder(graph: onnx.GraphProto, name: str) -> None:

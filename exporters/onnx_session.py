@@ -50,8 +50,7 @@ def present_name(past: str) -> str:
     return past.replace("past_key_values.", "present.")
 
 
-def shared_buffer_logits(session: onnxruntime.InferenceSession, chunks: Iterator[np.ndarray], capacity: int
-) -> Iterator[np.ndarray]:
+def shared_buffer_logits(session: onnxruntime.InferenceSession, chunks: Iterator[np.ndarray], capacity: int) -> Iterator[np.ndarray]:
     """Logits ``[seq, vocab]`` for each ``chunks`` item ``[seq]``; past and present are one buffer of ``capacity`` tokens."""
     buffers = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in empty_past(session, 1, capacity).items()}
     binding, length = session.io_binding(), 0

@@ -2,10 +2,11 @@
 
 AI Edge Quantizer's own calibrator keeps a moving average, which clips the rare large values that decode meets, wants all
 feeds in memory and copies every tensor of the graph, weights included. Here windows stream through the interpreter one by
-one and only the minimum and maximum of each channel are kept, and a bounded sample of logits, so memory does not depend on
-the number of windows.
+one and only the minimum and maximum of each channel are kept, and bounded samples of inputs and logits, so memory does not
+depend on the number of windows.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,35 @@ from exporters.tflite_structure import Operator
 
 QUANTISED = "FULLY_CONNECTED"
 SAMPLED_LOGITS = 2**22  # numbers kept at most of the logits, from which their range is chosen
+SAMPLED_INPUTS = 2**18  # numbers kept at most of the input of each quantised operator
+ROWS_PER_CALL = 4  # rows of an input considered for the sample in one call
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """``ranges`` by tensor name; ``logits`` [rows, vocab] is a sample from prompts and decode steps."""
+    """``ranges`` and sampled rows of ``inputs`` [n, channels] by tensor name; ``logits`` [n, vocab] from prompts and steps."""
 
     ranges: dict[str, "ChannelRange"]
+    inputs: dict[str, np.ndarray]
     logits: np.ndarray
+
+
+class RowSample:
+    """Rows spread evenly over all that were offered, never more than ``limit`` numbers (but two rows at least)."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.rows: list[np.ndarray] = []
+        self.offered, self.stride = 0, 1
+
+    def offer(self, row: np.ndarray) -> None:
+        """Keep every n-th row; when they get too many, forget every second one and double n."""
+        if self.offered % self.stride == 0:
+            self.rows.append(row.copy())
+        self.offered += 1
+        if len(self.rows) > max(2, self.limit // row.size):
+            self.rows = self.rows[::2]
+            self.stride *= 2
 
 
 @dataclass
@@ -53,8 +75,8 @@ class ObservedReplay(Replay):
         super().__init__(interpreter)
         self.interpreter = interpreter
         self.ranges: dict[str, ChannelRange] = {}
-        self.logits: list[np.ndarray] = []
-        self.calls, self.stride = 0, 1
+        self.logits = RowSample(SAMPLED_LOGITS)
+        self.inputs = {operator.inputs[0].name: RowSample(SAMPLED_INPUTS) for operator in found if operator.name == QUANTISED}
         # The index of a subgraph is that of its signature: the converter writes one subgraph per signature, in order.
         self.subgraphs = {name: index for index, name in enumerate(dict.fromkeys(operator.signature for operator in found))}
         self.watched = {
@@ -70,7 +92,7 @@ class ObservedReplay(Replay):
     def call(self, name: str, tokens: np.ndarray) -> np.ndarray:
         """Logits [vocab], as ``Replay.call``; padding rows of a chunk are left out of the ranges."""
         logits = super().call(name, tokens)
-        self.sample(logits)
+        self.logits.offer(logits)
         for tensor in self.watched[name].values():
             values = self.interpreter.get_tensor(tensor.index, self.subgraphs[name])
             rows = values.reshape(-1, values.shape[-1])  # [chunk or 1, channels]
@@ -80,16 +102,10 @@ class ObservedReplay(Replay):
                 self.ranges[tensor.name] = ChannelRange(rows.min(0), rows.max(0))
             else:
                 seen.include(rows)
+            if tensor.name in self.inputs:
+                for row in rows[:: max(1, len(rows) // ROWS_PER_CALL)]:
+                    self.inputs[tensor.name].offer(row)
         return logits
-
-    def sample(self, logits: np.ndarray) -> None:
-        """Keep every n-th row of logits; when they get too many, forget half of them and double n."""
-        if self.calls % self.stride == 0:
-            self.logits.append(logits.copy())
-        self.calls += 1
-        if len(self.logits) > max(2, SAMPLED_LOGITS // logits.size):
-            self.logits = self.logits[::2]
-            self.stride *= 2
 
 
 def calibrate(path: Path, found: list[Operator], windows: Iterable[np.ndarray], decode_steps: int) -> Calibration:
@@ -108,16 +124,22 @@ def calibrate(path: Path, found: list[Operator], windows: Iterable[np.ndarray], 
         for token in window[prompt:]:
             replay.call("decode", np.array([token]))
     share_between_signatures(replay.ranges, found)
-    return Calibration(replay.ranges, np.array(replay.logits))
+    return Calibration(
+        replay.ranges,
+        {name: np.array(sample.rows) for name, sample in replay.inputs.items() if sample.rows},
+        np.array(replay.logits.rows),
+    )
 
 
 def share_between_signatures(ranges: dict[str, ChannelRange], found: list[Operator]) -> None:
-    """Widen the ranges of tensors around the same weight to each other: decode steps are few, prompts are many."""
-    first: dict[int, Operator] = {}
-    for operator in found:
-        if operator.name == QUANTISED:
-            twin = first.setdefault(operator.inputs[1].buffer, operator)
-            for mine, other in ((operator.inputs[0], twin.inputs[0]), (operator.outputs[0], twin.outputs[0])):
-                for end in (ranges[mine.name], ranges[other.name]):
-                    ranges[mine.name].include(np.stack([end.low, end.high]))
-                ranges[other.name] = ranges[mine.name]
+    """Widen the ranges of the same layer in ``prefill`` and ``decode`` to each other: decode steps are few, prompts are many."""
+    first: dict[tuple[int, int], Operator] = {}
+    met: Counter = Counter()
+    for operator in (operator for operator in found if operator.name == QUANTISED):
+        weight = operator.inputs[1].buffer
+        twin = first.setdefault((weight, met[operator.signature, weight]), operator)
+        met[operator.signature, weight] += 1  # a layer that was split reads its weight twice
+        for mine, other in ((operator.inputs[0], twin.inputs[0]), (operator.outputs[0], twin.outputs[0])):
+            for end in (ranges[mine.name], ranges[other.name]):
+                ranges[mine.name].include(np.stack([end.low, end.high]))
+            ranges[other.name] = ranges[mine.name]

@@ -1,190 +1,193 @@
-"""Per-channel quantisation spelled out with per-tensor operators, because tflite-runtime 2.14 gets the real one wrong.
+"""Makes a float TFLite graph easy for int8 with one scale per tensor, without changing its function.
 
-Row c of every weight is divided by its largest magnitude ``s_c``, and the result is multiplied by ``s`` again in float:
-``W x = s * ((W / s) x)``. The function does not change, while every row comes to use the whole int8 range under one scale per
-tensor. A tied embedding reads the same scaled table and multiplies by the scale of its row, so the table is still stored once.
-
-Where an input has outlier channels and one reader, as the input of an FFN's second projection has, its channels are scaled
-too before the rows: ``W x = (W t)(x / t)`` with ``t_j = max|x_j|^alpha / max|W_j|^(1-alpha)``, SmoothQuant (Xiao et al. 2022,
-arXiv:2211.10438) with a larger alpha than the pipeline's fold may use, since rows no longer share their range.
+tflite-runtime 2.14 gets scales per channel wrong, so what they give is spelled out with operators:
+- Rows. Row c of every weight is divided by its largest magnitude ``s_c`` and the result multiplied by ``s`` in float:
+  ``W x = s * ((W / s) x)``. A tied embedding reads the same table and multiplies by its row's scale: still stored once.
+- Columns. An input with outlier channels and one reader, as the second projection of an FFN has, is scaled before:
+  ``W x = (W t)(x / t)``, ``t_j = max|x_j|^alpha / max|W_j|^(1-alpha)``, SmoothQuant (Xiao et al. 2022, arXiv:2211.10438).
+- Outliers. An input with one reader is cut in two where that pays, ``W x = W clip(x) + W (x - clip(x))``: the first part is
+  finely quantised, the second is zero, and so exact, nearly everywhere. Both read one stored weight. (LLM.int8(),
+  arXiv:2208.07339, splits by channel; here it goes by value.)
 """
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from exporters.tflite_calibration import ChannelRange
+from exporters.tflite_calibration import Calibration
+from exporters.tflite_edit import (
+    BIAS,
+    User,
+    add_constant,
+    add_like,
+    add_tensor,
+    bias_buffers,
+    is_linear,
+    name_of,
+    new_operator,
+    place_of,
+    readers,
+    set_weight,
+    weight_of,
+    weight_users,
+)
+from exporters.tflite_logit_range import fake_quantised
 
-LINEAR = schema.BuiltinOperator.FULLY_CONNECTED
-LOOKUP = schema.BuiltinOperator.EMBEDDING_LOOKUP
 HOMOGENEOUS = (schema.ActivationFunctionType.NONE, schema.ActivationFunctionType.RELU)  # f(s * y) == s * f(y) for s > 0
-WEIGHT = 1  # position of the weight among the inputs of both operators
-OUTLIER_RATIO = 4.0  # largest channel over the median one, from which on scaling an input is worth a multiplication
-User = tuple[schema.SubGraphT, schema.OperatorT]
+OUTLIER_RATIO = 2.0  # largest channel over the median one, from which on scaling an input is worth an operator
+SPLIT_GAIN = 4.0  # how many times smaller a split must make the squared error of an input
+CLIP_SHARES = (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)  # tried shares of the range that the finely quantised part keeps
 
 
-def equalise(model: schema.ModelT, ranges: dict[str, ChannelRange], alpha: float) -> dict[str, np.ndarray]:
-    """Rewrite ``model`` in place and add to ``ranges``; the row scales [rows] by the name of the operator's unscaled output."""
-    scales = {}
-    for buffer, users in weights(model).items():
+@dataclass(frozen=True)
+class Equalised:
+    """``row_scales`` [rows] by the name of the linear operator's output; ``split_layers`` is how many layers run in two parts."""
+
+    row_scales: dict[str, np.ndarray]
+    smoothed_layers: int
+    split_layers: int
+
+
+def equalise(model: schema.ModelT, seen: Calibration, alpha: float) -> Equalised:
+    """Rewrite ``model`` in place, from what the calibration saw in it."""
+    row_scales: dict[str, np.ndarray] = {}
+    smoothed = split = 0
+    for users in weight_users(model).values():
         if any(is_linear(model, user) and user[1].builtinOptions.fusedActivationFunction not in HOMOGENEOUS for user in users):
             continue
-        smooth_input(model, ranges, users, alpha)
-        row_scale = scale_rows(model, buffer, users)
-        stored = add_constant(model, row_scale)
-        for user in users:
-            if is_linear(model, user):
-                scales[multiply_output(model, ranges, user, stored)] = row_scale
-            else:
-                multiply_embedding(model, user, stored, len(row_scale))
-    return scales
+        alone = reads_alone(model, users)
+        columns = column_scale(model, users, seen, alpha) if alone else None
+        inputs = sampled_inputs(users, seen) if alone else None
+        row_scales |= scale_rows_and_columns(model, users, columns)
+        smoothed += columns is not None
+        if alone:
+            split += split_outliers(model, users, inputs if columns is None else inputs / columns)
+    return Equalised(row_scales, smoothed, split)
 
 
-def weights(model: schema.ModelT) -> dict[int, list[User]]:
-    """Users of every constant weight of a linear layer or an embedding, by buffer."""
-    found: dict[int, list[User]] = {}
-    for subgraph in model.subgraphs:
-        for operator in subgraph.operators:
-            if model.operatorCodes[operator.opcodeIndex].builtinCode in (LINEAR, LOOKUP):
-                found.setdefault(subgraph.tensors[operator.inputs[WEIGHT]].buffer, []).append((subgraph, operator))
-    return {buffer: users for buffer, users in found.items() if model.buffers[buffer].data is not None}
+def reads_alone(model: schema.ModelT, users: list[User]) -> bool:
+    """Whether a weight belongs to linear layers without activation whose input nobody else reads."""
+    plain = schema.ActivationFunctionType.NONE
+    return all(
+        is_linear(model, user) and user[1].builtinOptions.fusedActivationFunction == plain and readers(user[0], user[1].inputs[0]) == 1
+        for user in users
+    )
 
 
-def is_linear(model: schema.ModelT, user: User) -> bool:
-    return model.operatorCodes[user[1].opcodeIndex].builtinCode == LINEAR
-
-
-def weight_of(model: schema.ModelT, user: User) -> np.ndarray:
-    """View [rows, columns] of the weight's bytes."""
-    tensor = user[0].tensors[user[1].inputs[WEIGHT]]
-    return model.buffers[tensor.buffer].data.view(np.float32).reshape(tensor.shape)
-
-
-def smooth_input(model: schema.ModelT, ranges: dict[str, ChannelRange], users: list[User], alpha: float) -> None:
-    """Scale the input channels of a weight, if nobody else reads them and outliers make it worthwhile."""
-    if not all(is_linear(model, user) and readers(user[0], user[1].inputs[0]) == 1 for user in users):
-        return
-    largest = np.max([ranges[name_of(subgraph, operator.inputs[0])].largest for subgraph, operator in users], 0)
+def column_scale(model: schema.ModelT, users: list[User], seen: Calibration, alpha: float) -> np.ndarray | None:
+    """The divisors [columns] of an input that has outlier channels; None where its channels are even."""
+    largest = np.max([seen.ranges[name_of(subgraph, operator.inputs[0])].largest for subgraph, operator in users], 0)
     if largest.max() < OUTLIER_RATIO * np.median(largest):
-        return
-    weight = weight_of(model, users[0])
-    columns = np.abs(weight).max(0)
+        return None
+    columns = np.abs(weight_of(model, users[0])).max(0)
     live = (largest > 0) & (columns > 0)
     scale = np.ones_like(largest)
     scale[live] = largest[live] ** alpha / columns[live] ** (1 - alpha)
-    set_data(model, users[0], weight * scale)
-    stored = add_constant(model, (1 / scale).astype(np.float32))
-    for subgraph, operator in users:
-        source = operator.inputs[0]
-        scaled = copy.copy(subgraph.tensors[source])
-        scaled.name = scaled.name + b"/smoothed"
-        seen = ranges[name_of(subgraph, source)]
-        ranges[scaled.name.decode()] = ChannelRange(seen.low / scale, seen.high / scale)
-        factor = float_tensor(scaled.name + b"/factor", [len(scale)], stored)
-        operator.inputs = [add_tensor(subgraph, scaled), *map(int, operator.inputs[1:])]
-        insert(model, subgraph, operator, 0, "MUL", [source, add_tensor(subgraph, factor)], operator.inputs[0])
-
-
-def scale_rows(model: schema.ModelT, buffer: int, users: list[User]) -> np.ndarray:
-    """Divide the rows of a weight, and the biases added to them, in place; the divisors [rows]."""
-    weight = weight_of(model, users[0])
-    largest = np.abs(weight).max(1)
-    scale = np.where(largest > 0, largest, 1).astype(np.float32)
-    set_data(model, users[0], weight / scale[:, None])
-    linear = [user for user in users if is_linear(model, user)]
-    biases = {subgraph.tensors[op.inputs[2]].buffer for subgraph, op in linear if len(op.inputs) > 2 and op.inputs[2] >= 0}
-    for bias in biases:
-        model.buffers[bias].data = (model.buffers[bias].data.view(np.float32) / scale).view(np.uint8)
     return scale
 
 
-def multiply_output(model: schema.ModelT, ranges: dict[str, ChannelRange], user: User, stored: int) -> str:
+def sampled_inputs(users: list[User], seen: Calibration) -> np.ndarray:
+    """Sampled rows [n, columns] of the input, from all signatures."""
+    return np.concatenate([seen.inputs[name_of(subgraph, operator.inputs[0])] for subgraph, operator in users])
+
+
+def scale_rows_and_columns(model: schema.ModelT, users: list[User], columns: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Scale one weight in place and insert the operators that undo it; the row scales by the name of each linear output."""
+    weight = weight_of(model, users[0])
+    if columns is not None:
+        weight = weight * columns
+        divide_input(model, users, columns)
+    largest = np.abs(weight).max(1)
+    rows = np.where(largest > 0, largest, 1).astype(np.float32)
+    set_weight(model, users[0], weight / rows[:, None])
+    for bias in bias_buffers([user for user in users if is_linear(model, user)]):
+        model.buffers[bias].data = (model.buffers[bias].data.view(np.float32) / rows).view(np.uint8)
+    stored = add_constant(model, rows)
+    outputs = {}
+    for user in users:
+        if is_linear(model, user):
+            outputs[multiply_output(model, user, stored, len(rows))] = rows
+        else:
+            multiply_embedding(model, user, stored, len(rows))
+    return outputs
+
+
+def divide_input(model: schema.ModelT, users: list[User], columns: np.ndarray) -> None:
+    """Put the division by ``columns`` before each of the users."""
+    stored = add_constant(model, 1 / columns)
+    for subgraph, operator in users:
+        source = int(operator.inputs[0])
+        scaled = add_like(subgraph, source, "/smoothed")
+        factor = add_tensor(subgraph, f"{name_of(subgraph, scaled)}/factor", [len(columns)], stored)
+        subgraph.operators.insert(place_of((subgraph, operator)), new_operator(model, "MUL", [source, factor], scaled))
+        operator.inputs = [scaled, *map(int, operator.inputs[1:])]
+
+
+def multiply_output(model: schema.ModelT, user: User, stored: int, rows: int) -> str:
     """Undo the scaling of the rows after a linear layer; the name of its output before that."""
     subgraph, operator = user
-    scale = model.buffers[stored].data.view(np.float32)
-    result, seen = operator.outputs[0], ranges[name_of(subgraph, operator.outputs[0])]
-    raw = unscaled(user)
-    ranges[raw] = ChannelRange(seen.low / scale, seen.high / scale)
-    factor = add_tensor(subgraph, float_tensor(raw.encode() + b"/factor", [len(scale)], stored))
-    insert(model, subgraph, operator, 1, "MUL", [operator.outputs[0], factor], result)
-    return raw
+    result = int(operator.outputs[0])
+    raw = add_like(subgraph, result, "/unscaled")
+    operator.outputs = [raw]
+    factor = add_tensor(subgraph, f"{name_of(subgraph, raw)}/factor", [rows], stored)
+    subgraph.operators.insert(place_of(user) + 1, new_operator(model, "MUL", [raw, factor], result))
+    return name_of(subgraph, raw)
 
 
 def multiply_embedding(model: schema.ModelT, user: User, stored: int, rows: int) -> None:
     """Undo the scaling of the rows after a lookup: each token's vector times the scale of its row."""
     subgraph, operator = user
-    result = operator.outputs[0]
-    raw = unscaled(user).encode()
-    table = add_tensor(subgraph, float_tensor(raw + b"/factors", [rows, 1], stored))
-    factor = add_tensor(subgraph, float_tensor(raw + b"/factor", [int(subgraph.tensors[result].shape[0]), 1], 0))
-    insert(model, subgraph, operator, 1, "MUL", [operator.outputs[0], factor], result)
-    insert(model, subgraph, operator, 1, "GATHER", [table, operator.inputs[0]], factor)
+    result = int(operator.outputs[0])
+    raw = add_like(subgraph, result, "/unscaled")
+    operator.outputs = [raw]
+    table = add_tensor(subgraph, f"{name_of(subgraph, raw)}/factors", [rows, 1], stored)
+    factor = add_tensor(subgraph, f"{name_of(subgraph, raw)}/factor", [int(subgraph.tensors[result].shape[0]), 1])
+    place = place_of(user) + 1
+    subgraph.operators[place:place] = [
+        new_operator(model, "GATHER", [table, int(operator.inputs[0])], factor),
+        new_operator(model, "MUL", [raw, factor], result),
+    ]
 
 
-def unscaled(user: User) -> str:
-    """Give the operator a fresh output tensor; its name."""
-    subgraph, operator = user
-    raw = copy.copy(subgraph.tensors[operator.outputs[0]])
-    raw.name = raw.name + b"/unscaled"
-    operator.outputs = [add_tensor(subgraph, raw)]
-    return raw.name.decode()
+def split_outliers(model: schema.ModelT, users: list[User], rows: np.ndarray) -> bool:
+    """Cut the input of a linear layer in two, where the sampled ``rows`` [n, columns] show that it pays; whether it did."""
+    bounds = clip_bounds(rows)
+    if bounds is None:
+        return False
+    low, high = (add_constant(model, np.array([bound])) for bound in bounds)
+    for subgraph, operator in users:
+        source, raw = int(operator.inputs[0]), int(operator.outputs[0])
+        lifted, inner, outer = (add_like(subgraph, source, suffix) for suffix in ("/lifted", "/inner", "/outer"))
+        inner_result, outer_result = (add_like(subgraph, raw, suffix) for suffix in ("/inner", "/outer"))
+        ends = [add_tensor(subgraph, f"{name_of(subgraph, source)}/{end}", [1], b) for end, b in (("low", low), ("high", high))]
+        twin = copy.copy(operator)
+        operator.inputs, operator.outputs = [inner, *map(int, operator.inputs[1:])], [inner_result]
+        twin.inputs, twin.outputs = [outer, int(operator.inputs[1]), *([-1] if len(operator.inputs) > BIAS else [])], [outer_result]
+        place = place_of((subgraph, operator))
+        subgraph.operators[place : place + 1] = [
+            new_operator(model, "MAXIMUM", [source, ends[0]], lifted),
+            new_operator(model, "MINIMUM", [lifted, ends[1]], inner),
+            new_operator(model, "SUB", [source, inner], outer),
+            operator,
+            twin,
+            new_operator(model, "ADD", [inner_result, outer_result], raw),
+        ]
+    return True
 
 
-def readers(subgraph: schema.SubGraphT, tensor: int) -> int:
-    """How many operators read a tensor."""
-    return sum(tensor in operator.inputs for operator in subgraph.operators)
-
-
-def name_of(subgraph: schema.SubGraphT, tensor: int) -> str:
-    return subgraph.tensors[tensor].name.decode()
-
-
-def set_data(model: schema.ModelT, user: User, weight: np.ndarray) -> None:
-    buffer = user[0].tensors[user[1].inputs[WEIGHT]].buffer
-    model.buffers[buffer].data = np.ascontiguousarray(weight, np.float32).reshape(-1).view(np.uint8)
-
-
-def add_constant(model: schema.ModelT, values: np.ndarray) -> int:
-    """Index of a new buffer with ``values``."""
-    buffer = schema.BufferT()
-    buffer.data = values.view(np.uint8)
-    model.buffers.append(buffer)
-    return len(model.buffers) - 1
-
-
-def add_tensor(subgraph: schema.SubGraphT, tensor: schema.TensorT) -> int:
-    subgraph.tensors.append(tensor)
-    return len(subgraph.tensors) - 1
-
-
-def float_tensor(name: bytes, shape: list[int], buffer: int) -> schema.TensorT:
-    """A tensor of the constant in ``buffer``, or of an activation where that is 0."""
-    tensor = schema.TensorT()
-    tensor.name, tensor.shape, tensor.type, tensor.buffer = name, shape, schema.TensorType.FLOAT32, buffer
-    tensor.hasRank = True
-    return tensor
-
-
-def insert(model: schema.ModelT, subgraph: schema.SubGraphT, anchor: schema.OperatorT, offset: int, *what) -> None:
-    """Put operator ``what = (name, inputs, output)`` before (offset 0) or after (offset 1) ``anchor``."""
-    name, inputs, output = what
-    operator = schema.OperatorT()
-    operator.inputs, operator.outputs = inputs, [output]
-    operator.opcodeIndex = operator_code(model, getattr(schema.BuiltinOperator, name))
-    kind = {"MUL": "MulOptions", "GATHER": "GatherOptions"}[name]
-    operator.builtinOptions = getattr(schema, f"{kind}T")()
-    operator.builtinOptionsType = getattr(schema.BuiltinOptions, kind)
-    place = next(index for index, other in enumerate(subgraph.operators) if other is anchor)
-    subgraph.operators.insert(place + offset, operator)
-
-
-def operator_code(model: schema.ModelT, code: int) -> int:
-    """Index of version 1 of a builtin operator among the model's operator codes; added where it is missing."""
-    for index, known in enumerate(model.operatorCodes):
-        if known.builtinCode == code and known.version == 1:
-            return index
-    added = schema.OperatorCodeT()
-    added.builtinCode, added.deprecatedBuiltinCode, added.version = code, code, 1
-    model.operatorCodes.append(added)
-    return len(model.operatorCodes) - 1
+def clip_bounds(rows: np.ndarray) -> tuple[float, float] | None:
+    """The bounds of the inner part that give the least squared error, or None where a split gains too little."""
+    low, high = min(float(rows.min()), 0.0), max(float(rows.max()), 0.0)
+    if high <= low:
+        return None
+    whole = float(np.square(fake_quantised(rows, low, high) - rows).mean())
+    tried = []
+    for share in CLIP_SHARES:
+        inner_low, inner_high = low * share, high * share
+        inner = np.clip(rows, inner_low, inner_high)
+        outer = fake_quantised(rows - inner, low - inner_low, high - inner_high)
+        tried.append((float(np.square(fake_quantised(inner, inner_low, inner_high) + outer - rows).mean()), inner_low, inner_high))
+    error, inner_low, inner_high = min(tried)
+    return (inner_low, inner_high) if error * SPLIT_GAIN < whole else None

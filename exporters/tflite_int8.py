@@ -5,7 +5,7 @@ weights are equalised first, so that one scale per tensor does not cost what it 
 """
 
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from exporters.settings import TfliteInt8Settings
 from exporters.tflite_calibration import ChannelRange, calibrate
 from exporters.tflite_coverage import check_coverage
 from exporters.tflite_equalise import equalise
-from exporters.tflite_logit_range import choose_logit_range
+from exporters.tflite_logit_range import LogitRange, choose_logit_range
 from exporters.tflite_parity import Feeds, agreement, replay
 from exporters.tflite_replay import RUNTIMES
 from exporters.tflite_structure import check_loadable, operator_counts, operators, read_model, tensor_contract, write_model
@@ -39,11 +39,11 @@ def run(settings: TfliteInt8Settings, out: Path, tflite: Path, text: Path) -> No
     graph = read_model(path)
     found = operators(graph)
     check_loadable(found, NAME)
-    coverage = check_coverage(found, operators(read_model(parent_path)), NAME)
+    coverage = check_coverage(found, operators(read_model(parent_path)), NAME, calibration.split_layers)
     measured = {
         "coverage": asdict(coverage),
         "bytes_of_parent": path.stat().st_size / parent["bytes"],
-        "calibration": calibration,
+        "calibration": asdict(calibration),
         "agreement_with_parent": check_agreement(path, parent_path, windows, parent["interface"]),
         "operators": operator_counts(found),
     }
@@ -61,24 +61,35 @@ def run(settings: TfliteInt8Settings, out: Path, tflite: Path, text: Path) -> No
     )
 
 
-def quantise(settings: TfliteInt8Settings, parent: Path, windows: np.ndarray, path: Path) -> dict:
-    """Write the int8 file made from ``parent``; what the calibration saw and chose."""
+@dataclass(frozen=True)
+class Quantised:
+    """What was fed and what was chosen from it."""
+
+    windows: int
+    decode_steps: int
+    smoothed_layers: int
+    split_layers: int
+    logit_range: LogitRange
+
+
+def quantise(settings: TfliteInt8Settings, parent: Path, windows: np.ndarray, path: Path) -> Quantised:
+    """Write the int8 file made from ``parent``. Two passes over the text: one to equalise by, one for the ranges of the result."""
     graph = read_model(parent)
     fed = windows[: settings.windows]
-    seen = calibrate(parent, operators(graph), track(fed, "calibration windows"), settings.decode_steps)
-    ranges = dict(seen.ranges)
-    scales = equalise(graph, ranges, settings.input_smoothing)
-    heads = [head for head in operators(graph) if head.name == "FULLY_CONNECTED" and HEAD_OUTPUT in head.outputs[0].name]
-    if not heads:
-        raise GateError(f"{parent.name}: no linear layer makes the logits, so their range cannot be chosen")
-    for name in (head.outputs[0].name for head in heads):
-        chosen = choose_logit_range(seen.logits, scales.get(name, np.ones(1, np.float32)))
-        ranges[name] = ChannelRange(np.array([chosen.low]), np.array([chosen.high]))
+    seen = calibrate(parent, operators(graph), track(fed, "tflite int8: first pass"), settings.decode_steps)
+    equalised = equalise(graph, seen, settings.input_smoothing)
+    found = operators(graph)
     with tempfile.TemporaryDirectory() as folder:
-        equalised = Path(folder) / "equalised.tflite"
-        write_model(graph, equalised)
-        path.write_bytes(quantised_bytes(equalised, ranges))
-    return {"windows": len(fed), "decode_steps": settings.decode_steps, "logit_range": asdict(chosen)}
+        rewritten = Path(folder) / "equalised.tflite"
+        write_model(graph, rewritten)
+        seen = calibrate(rewritten, found, track(fed, "tflite int8: second pass"), settings.decode_steps)
+        heads = [head.outputs[0].name for head in found if head.name == "FULLY_CONNECTED" and HEAD_OUTPUT in head.outputs[0].name]
+        if not heads:
+            raise GateError(f"{parent.name}: no linear layer makes the logits, so their range cannot be chosen")
+        chosen = choose_logit_range(seen.logits, equalised.row_scales.get(heads[0], np.ones(1, np.float32)))
+        logit_range = ChannelRange(np.array([chosen.low]), np.array([chosen.high]))
+        path.write_bytes(quantised_bytes(rewritten, seen.ranges | dict.fromkeys(heads, logit_range)))
+    return Quantised(len(fed), settings.decode_steps, equalised.smoothed_layers, equalised.split_layers, chosen)
 
 
 def quantised_bytes(model: Path, ranges: dict[str, ChannelRange]) -> bytes:

@@ -88,9 +88,7 @@ def leading_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return special[0] if special[1 : 1 + len(plain)] == plain and special[0] != plain[0] else None
 
 
-def read_sources(
-    settings: TextSettings, checkpoint: Path, tokenizer: PreTrainedTokenizerBase, body_tokens: int
-) -> tuple[Source, Source]:
+def read_sources(settings: TextSettings, checkpoint: Path, tokenizer: PreTrainedTokenizerBase, body_tokens: int) -> tuple[Source, Source]:
     """The calibration and the evaluation text; one that has no file is sampled from the dense model."""
     if settings.calibration and settings.evaluation and settings.calibration.resolve() == settings.evaluation.resolve():
         raise UserError("text.evaluation is the calibration file; give a text that nothing was fitted to")

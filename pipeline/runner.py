@@ -29,6 +29,8 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
     "PYTHONHASHSEED": "0",
+    "LITERT_TORCH_SHOW_PROGRESS": "n",
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's small matrices only; two threads were several times slower on a busy machine
     "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads sleep: on a busy machine spinning ones cost many times what they gain
 }
 

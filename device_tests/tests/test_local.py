@@ -34,9 +34,7 @@ def folder(tmp_path_factory):
 def tflite_sidecar(folder):
     """The same toy as TFLite."""
     command = [sys.executable, "-m", "device_tests.tests.toy_tflite", str(folder / "toy_tflite.tflite")]
-    done = subprocess.run(
-        command, cwd=PACKAGE_ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=PACKAGE_ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "toy_tflite.json"
 

@@ -206,3 +206,14 @@ def test_the_model_is_left_as_it_was(checkpoints):
     assert torch.equal(model(tokens).logits, before)
     fresh = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float32)
     assert torch.allclose(fresh(tokens).logits, before, atol=1e-6)
+
+
+def test_weights_above_the_limit_go_to_a_second_file_that_onnx_runtime_opens(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("exporters.onnx_export.EXTERNAL_DATA_BYTES", 100_000)
+    model = load_model(checkpoints["llama"])
+    files = save(export(model, shape_of(model)).graph, tmp_path / "model.onnx")
+    assert [path.name for path in files] == ["model.onnx", "model.onnx.data"]
+    tokens = np.arange(9)[None]
+    session = open_session(files[0])
+    logits, _ = run_tokens(session, tokens, empty_past(session, 1))
+    np.testing.assert_allclose(logits, model(torch.from_numpy(tokens)).logits.numpy(), atol=TOLERANCE)

@@ -8,13 +8,16 @@ import pytest
 import torch
 from ai_edge_litert import interpreter as litert
 from ai_edge_quantizer import qtyping, quantizer
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import VOCABULARY, write_checkpoint
 from exporters import tflite_export, tflite_int8
 from exporters.settings import TfliteInt8Settings, TfliteSettings
-from exporters.tflite_calibration import SAMPLED_LOGITS, ObservedReplay, calibrate
+from exporters.tflite_calibration import RowSample, calibrate
 from exporters.tflite_coverage import check_coverage
-from exporters.tflite_equalise import equalise
+from exporters.tflite_edit import weight_of, weight_users
+from exporters.tflite_equalise import clip_bounds, equalise
 from exporters.tflite_logit_range import choose_logit_range, fake_quantised
 from exporters.tflite_parity import Feeds, agreement
 from exporters.tflite_replay import Replay, replay_all
@@ -76,16 +79,30 @@ def test_same_bytes_twice(int8_folder, float_folder, text_folder, tmp_path):
 def test_equalising_keeps_the_function(float_folder, text_folder, tmp_path):
     path = float_folder / "tflite_fp32.tflite"
     graph = read_model(path)
-    windows = np.load(text_folder / "calibration.npy")[:2]
-    ranges = calibrate(path, operators(graph), windows, decode_steps=4).ranges
-    for seen in ranges.values():  # outliers, so that inputs are smoothed too
-        seen.high[0] = 50 * seen.high.max()
-    equalise(graph, ranges, alpha=0.75)
-    assert any("/smoothed" in name for name in ranges)
+    seen = calibrate(path, operators(graph), np.load(text_folder / "calibration.npy")[:2], decode_steps=4)
+    for name, observed in seen.ranges.items():  # outliers, so that inputs are smoothed and split
+        observed.high[0] = 50 * observed.high.max()
+        if name in seen.inputs:
+            seen.inputs[name][0, 0] = observed.high[0]
+    equalised = equalise(graph, seen, alpha=0.5)
+    assert equalised.smoothed_layers >= 4 and equalised.split_layers >= 4  # o and down of both layers
     write_model(graph, tmp_path / "equalised.tflite")
     feeds = random_feeds()
     before, after = run_litert(path, feeds), run_litert(tmp_path / "equalised.tflite", feeds)
     assert np.abs(before - after).max() < 1e-4 * np.abs(before).max()
+    for weights in weight_users(graph).values():  # every row of every weight uses the whole range
+        rows = np.abs(weight_of(graph, weights[0])).max(1)
+        np.testing.assert_allclose(rows, 1, rtol=1e-5)
+
+
+def test_outliers_are_split_off_only_where_it_pays():
+    even = np.random.default_rng(0).uniform(-1, 1, (64, 32)).astype(np.float32)
+    assert clip_bounds(even) is None
+    spiky = even.copy()
+    spiky[::16, 3] = 60.0
+    low, high = clip_bounds(spiky)
+    assert -4 < low < 0 < high <= 30
+    assert clip_bounds(np.zeros((4, 4), np.float32)) is None
 
 
 def test_unrelated_logits_are_a_gate_error(float_folder, text_folder, tmp_path):
@@ -128,7 +145,7 @@ def test_wrong_recipes_are_named(float_folder, text_folder, tmp_path, pattern, g
     broken = tmp_path / "broken.tflite"
     broken.write_bytes(process.quantize(seen, enable_progress_report=False).quantized_model)
     with pytest.raises(GateError, match=message):
-        check_coverage(operators(read_model(broken)), found, "tflite_static_int8")
+        check_coverage(operators(read_model(broken)), found, "tflite_static_int8", split_layers=0)
 
 
 def test_calibration_streams_windows(float_folder, text_folder):
@@ -151,16 +168,15 @@ def test_calibration_streams_windows(float_folder, text_folder):
         assert seen.low.ndim == 1  # one number per channel, nothing per window
 
 
-def test_sampled_logits_are_bounded(float_folder):
-    path = float_folder / "tflite_fp32.tflite"
-    interpreter = litert.Interpreter(str(path), num_threads=1, experimental_preserve_all_tensors=True)
-    observed = ObservedReplay(interpreter, operators(read_model(path)))
-    wide = SAMPLED_LOGITS // 8
-    for call in range(100):
-        observed.sample(np.full(wide, call, np.float32))
-    kept = [int(row[0]) for row in observed.logits]
-    assert 4 <= len(kept) <= 9 and kept[0] == 0 and kept[-1] > 80
-    assert len(set(np.diff(kept))) == 1  # evenly spread over the calls
+@given(offered=st.integers(1, 400), limit=st.integers(1, 40))
+def test_samples_are_bounded_and_even(offered, limit):
+    sample = RowSample(limit * 8)
+    for call in range(offered):
+        sample.offer(np.full(8, call, np.float32))
+    kept = [int(row[0]) for row in sample.rows]
+    assert kept[0] == 0 and len(kept) <= max(2, limit)
+    assert len(set(np.diff(kept))) <= 1  # evenly spread over the calls
+    assert offered - kept[-1] <= sample.stride
 
 
 def test_padding_does_not_widen_ranges(float_folder, text_folder):

@@ -29,9 +29,7 @@ def byte_level(pre_tokenizer=None, special=(END,), vocab_size=4096) -> Tokenizer
     tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([Path(argparse.__file__).read_text(encoding="utf-8")], trainer)
     return tokenizer
 
