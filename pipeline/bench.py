@@ -35,7 +35,7 @@ LARGEST_SHARE_OF_FP32_BYTES = 0.28
 class BenchPlan:
     """How much is run: every row at every thread count, ``rounds`` times, ``decode_tokens`` single tokens each."""
 
-    threads: tuple[int, ...] = (1, 2)
+    threads: tuple[int, ...] = (1,)
     rounds: int = 3
     decode_tokens: int = 64
 

@@ -143,7 +143,7 @@ def test_bundle(path: Path, as_json: bool) -> None:
 @app.command(epilog="Example: `pocketlm verify dist/demo-android-bundle.zip`")
 def verify(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder or zip")],
-    threads: Annotated[int, typer.Option(min=1, help="threads of each runtime")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="threads of each runtime")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Check every name, size and hash of a bundle, then replay its golden vectors in every runtime installed here."""
@@ -181,7 +181,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="draw from the k likeliest tokens; 0: from all")] = 0,
     top_p: Annotated[float, typer.Option(help="draw from the fewest tokens that hold this share; 1: from all")] = 1.0,
     seed: Annotated[int, typer.Option(help="seed of the draws")] = 0,
-    threads: Annotated[int, typer.Option(help="threads of the runtime")] = 2,
+    threads: Annotated[int, typer.Option(help="threads of the runtime")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Stream text from a bundle's model in the terminal; speed and memory follow on standard error."""
@@ -213,7 +213,7 @@ def bench(
 
     chosen = read_recipe(recipe, model, calibration, evaluation, settings)
     folders, _ = runner.run_stages(chosen, work, tell)
-    found = benchmark.bench(folders, benchmark.BenchPlan(tuple(threads or (1, 2)), rounds), tell)
+    found = benchmark.bench(folders, benchmark.BenchPlan(tuple(threads or (1,)), rounds), tell)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{chosen.name}-bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if as_json:

@@ -28,7 +28,7 @@ class GenerateOptions:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    threads: int = 2
+    threads: int = 1
     artifact: str | None = None
     echo: bool = False  # write the prompt before what follows it
 

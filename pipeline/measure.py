@@ -39,7 +39,7 @@ def measure(recipe: Recipe, folders: dict[str, Path], tell: Callable[[str, str],
     return results
 
 
-def measure_bundle(path: Path, tell: Callable[[str, str], None], threads: int = 2) -> list[dict]:
+def measure_bundle(path: Path, tell: Callable[[str, str], None], threads: int = 1) -> list[dict]:
     """Times, memory and golden vectors of every artifact of a bundle, against the gates in its manifest.
 
     Raises GateError, and opens nothing, when a byte of the bundle is not as it was built.

@@ -57,4 +57,4 @@ class Gate(StageSettings):
 class DeviceSettings(StageSettings):
     """How the artifacts are measured."""
 
-    threads: int = Field(2, ge=1, le=64, description="threads that a runtime may use")
+    threads: int = Field(1, ge=1, le=64, description="threads that a runtime may use")

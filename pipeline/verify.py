@@ -53,7 +53,7 @@ class Verified:
         return not self.faults and all(replay.passed for replay in self.replays)
 
 
-def verify_bundle(path: Path, threads: int = 2, replay: bool = True) -> Verified:
+def verify_bundle(path: Path, threads: int = 1, replay: bool = True) -> Verified:
     """Check a bundle's folder or zip. Raises UserError when there is none at ``path``."""
     with opened(path) as contents:
         manifest, faults = checked(contents)
