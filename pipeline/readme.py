@@ -24,7 +24,7 @@ def results_block(report: dict) -> str:
     device = report["artifacts"][0]["devices"][0]
     return (
         f"{price(report)}\n\n{markdown(COLUMNS, rows(report))}\n\n"
-        f"Measured by `make android-bundle` on {device['device']} ({device['isa']}, {device['threads']} thread{"s" if device["threads"] > 1 else ""}). Perplexity change "
+        f"Measured by `make android-bundle` on {device['device']} ({device['isa']}, threads: {device['threads']}). Perplexity change "
         "and top-1 are against the fp32 PyTorch model that was exported, worst of the artifact's runtimes; MB are 10^6 bytes on disk."
     )
 
