@@ -92,10 +92,13 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line(tmp_path, spoil, words):
     assert words in line and line.startswith("pocketlm: checkpoint: ")
 
 
+SHORT = ("--set=text.window_tokens=64", "--set=text.prompt_tokens=16")  # windows that the tiny models' context holds
+
+
 @pytest.mark.parametrize(("content", "words"), [(b"", "empty"), (b"\xff\xfe\x00\xd8", "UTF-8"), (b"too short", "token")])
 def test_a_spoilt_text_is_refused_in_one_line(tmp_path, checkpoints, content, words):
     (tmp_path / "text.txt").write_bytes(content)
-    line = refused(tmp_path, "run", "--model", str(checkpoints["llama"]), "--calibration", "text.txt", "--set=text.window_tokens=64")
+    line = refused(tmp_path, "run", "--model", str(checkpoints["llama"]), "--calibration", "text.txt", *SHORT)
     assert words in line and line.startswith("pocketlm: text: ")
 
 
