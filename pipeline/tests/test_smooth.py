@@ -53,10 +53,11 @@ def with_outliers(family: str, seed: int, strength: float) -> torch.nn.Module:
 @settings(max_examples=24, deadline=None)
 @given(family=st.sampled_from(SUPPORTED_FAMILIES), seed=st.integers(0, 4), strength=st.floats(1, 200), alpha=st.floats(0, 1))
 def test_function_does_not_change_whatever_the_outliers(family, seed, strength, alpha):
-    model = with_outliers(family, seed, strength)
+    # In float64: this is about the function, and outliers of a hundred times leave fp32 too few digits to tell.
+    model = with_outliers(family, seed, strength).double()
     before, weights = logits(model), {name: module.weight.clone() for name, module in linear_layers(model).items()}
     smooth.smooth(model, WINDOWS, alpha)
-    assert float((logits(model) - before).abs().max()) <= smooth.TOLERANCE * float(before.abs().max())
+    assert float((logits(model) - before).abs().max()) <= 1e-7 * float(before.abs().max())
     changed = [name for name, module in linear_layers(model).items() if not torch.equal(module.weight, weights[name])]
     assert len(changed) == len(weights) - (2 if family == "gpt2" else 0)  # GPT-2's two c_proj after the gelu stay
 
