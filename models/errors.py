@@ -1,4 +1,4 @@
-"""The two ways a command ends badly on purpose. Anything else that reaches the user is a bug."""
+"""The three ways a command ends badly that were foreseen. Anything else that reaches the user is a bug."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class GateError(Exception):
     """A measured number missed its limit. The message names the number, the limit and the artifact. Exit code 1."""
+
+
+class StageDied(Exception):
+    """A stage broke in a way that nobody foresaw: a bug, or a machine out of memory. The message names its log. Exit code 3."""

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from models.errors import GateError, UserError
+from models.errors import GateError, StageDied, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -247,6 +247,9 @@ def main() -> None:
     except GateError as error:
         told.print(f"pocketlm: {error}", markup=False)
         sys.exit(1)
+    except StageDied as error:
+        told.print(f"pocketlm: {error}", markup=False)
+        sys.exit(3)
     except KeyboardInterrupt:
         told.print("pocketlm: interrupted; finished stages are kept, the same command goes on from there")
         sys.exit(130)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from models.errors import GateError, UserError
+from models.errors import GateError, StageDied, UserError
 from models.progress import PROGRESS_FD
 from pipeline.fingerprint import ROOT, difference, key_of, parts_of
 from pipeline.recipe import Recipe
@@ -198,10 +198,6 @@ def raise_failure(name: str, outcome: dict, draft: Path) -> None:
     if outcome["ended"] == "gate":
         raise GateError(message)
     raise StageDied(f"{message}; the whole story is in {outcome['log']}")
-
-
-class StageDied(Exception):
-    """A stage broke in a way that nobody foresaw: a bug, or a machine out of memory."""
 
 
 def as_rows(runs: list[StageRun]) -> list[dict]:
