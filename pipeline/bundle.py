@@ -4,11 +4,8 @@ Both are made beside their place and renamed into it, so that the last bundle st
 """
 
 import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +27,7 @@ from pipeline.manifest import MANIFEST, SUMS, Manifest, Provenance, manifest_jso
 from pipeline.recipe import recipe_toml
 from pipeline.report import ARTIFACT_OF_STAGE, Report, report_json
 from pipeline.report_html import report_html
+from pipeline.runner import locked
 from pipeline.verify import verify_bundle
 from pipeline.zip_folder import write_zip
 
@@ -111,14 +109,6 @@ def failures_of(report: Report) -> list[str]:
     """One line per missed gate, crash or missing measurement."""
     lines = [failure for artifact in report.artifacts for device in artifact.devices for failure in device.failures]
     return lines + [f"{artifact.name} was not measured" for artifact in report.artifacts if not artifact.devices]
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One writer at a time; the kernel drops the lock when its holder dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def put_in_place(draft: Path, place: Path) -> None:

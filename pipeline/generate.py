@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from device_tests.errors import ArtifactFailure, DeviceTestError
 from device_tests.sessions import Session, open_session
+from device_tests.timing import peak_rss_mb
 from models.errors import GateError, UserError
 from pipeline.manifest import Artifact, Manifest
 from pipeline.verify import bundle_folder
@@ -205,15 +206,6 @@ def next_token(logits: np.ndarray, options: GenerateOptions, generator: np.rando
     kept = int(np.searchsorted(np.cumsum(shares), options.top_p)) + 1
     shares = shares[:kept] / shares[:kept].sum()
     return int(generator.choice(order[: len(shares)], p=shares))
-
-
-def peak_rss_mb() -> float | None:
-    """Largest resident memory of this process in MB, as the kernel says it; None where it does not."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def told(generated: Generated) -> str:
