@@ -36,11 +36,13 @@ def write_sidecar(
     settings: StageSettings,
     measured: dict,
     libraries: tuple[str, ...],
+    runtimes: tuple[str, ...] | None = None,
 ) -> dict:
     """Write ``out/<name>.json`` and return what it holds.
 
     ``files`` are the artifact's files, model file first, all in ``out``; ``parent`` is the SHA-256 of what it was made from;
-    ``libraries`` are the distributions whose versions matter to the bytes. No times, hosts or paths: same inputs, same bytes.
+    ``libraries`` are the distributions whose versions matter to the bytes; ``runtimes`` are those in which the file was proved
+    right, None for every runtime of its format. No times, hosts or paths: same inputs, same bytes.
     """
     described = [{"path": path.name, "sha256": sha256_of(path), "bytes": path.stat().st_size} for path in files]
     sidecar = {
@@ -50,6 +52,7 @@ def write_sidecar(
         "files": described,
         "sha256": described[0]["sha256"],
         "bytes": sum(file["bytes"] for file in described),
+        **({"runtimes": list(runtimes)} if runtimes is not None else {}),
         "interface": interface,
         "tensors": tensors,
         "parent": parent,

@@ -45,16 +45,16 @@ class Exported:
     passes: PassCounts
 
 
-def run(settings: OnnxSettings, out: Path, smooth: Path, text: Path) -> None:
+def run(settings: OnnxSettings, out: Path, model: Path, text: Path) -> None:
     """Write onnx_fp32.onnx, its sidecar and genai_config.json. GateError where it differs from PyTorch."""
-    model = load_model(smooth)
-    shape = shape_of(model)
-    exported = export(model, shape)
+    decoder = load_model(model)
+    shape = shape_of(decoder)
+    exported = export(decoder, shape)
     files = save(exported.graph, out / f"{NAME}.onnx")
     check(files[0])
     windows = parity_windows(text, shape.context_tokens, settings.greedy_tokens)
-    measured = {**describe(exported), **prove(model, files[0], windows, settings)}
-    write_json(out / "genai_config.json", genai_config(model, shape, files[0].name))
+    measured = {**describe(exported), **prove(decoder, files[0], windows, settings)}
+    write_json(out / "genai_config.json", genai_config(decoder, shape, files[0].name))
     write_sidecar(
         out,
         NAME,
@@ -62,7 +62,7 @@ def run(settings: OnnxSettings, out: Path, smooth: Path, text: Path) -> None:
         files=files,
         interface=interface(shape),
         tensors=tensors(exported.graph.graph),
-        parent=checkpoint_sha256(smooth),
+        parent=checkpoint_sha256(model),
         settings=settings,
         measured=measured,
         libraries=LIBRARIES,

@@ -17,7 +17,7 @@ class OnnxSettings(StageSettings):
 class OnnxInt8Settings(StageSettings):
     """ONNX Runtime static quantisation: QDQ, unsigned activations, signed per-channel weights."""
 
-    calibrator: Literal["minmax", "percentile", "entropy"] = Field("minmax", description="how ranges are chosen")
+    calibrator: Literal["minmax", "percentile", "entropy", "mse"] = Field("minmax", description="how ranges are chosen")
     windows: int = Field(64, ge=1, description="calibration windows fed, each as prompt and as decode steps")
     decode_steps: int = Field(8, ge=1, description="decode steps with real cache fed per window")
     rounding: Literal["nearest", "compensated"] = Field(
@@ -29,7 +29,50 @@ class OnnxInt8Settings(StageSettings):
         description="inputs wider than this many standard deviations are quantised as value and remainder; none: never."
         " 6 is nearly all of them, 40 the inputs of gated FFNs' down projections",
     )
+    per_channel: bool = Field(True, description="a weight scale for each output channel; false: one for each matrix")
     reduce_range: bool = Field(False, description="7-bit weights, for x86 machines without VNNI")
+    keep_float: tuple[str, ...] = Field((), description="layers that stay fp32, by node name or shell pattern; embedding is one of them")
+    sensitivity_windows: int = Field(2, ge=1, description="validation windows on which each layer alone is measured")
+    mixed_precision: bool = Field(
+        True, description="when a target is missed on validation text, the most sensitive layers leave int8 until it holds"
+    )
+    least_top1: float | None = Field(
+        None, ge=0, le=1, description="mixed precision's target for first choices equal to fp32's; none: what the artifact's gate says"
+    )
+    largest_perplexity_change: float | None = Field(
+        None, ge=0, description="mixed precision's target against fp32, fraction; none: what the artifact's gate says"
+    )
+
+
+class OnnxDynamicInt8Settings(StageSettings):
+    """ONNX Runtime dynamic quantisation: int8 weights, activations quantised anew in every call."""
+
+    per_channel: bool = Field(True, description="a weight scale for each output channel; false: one for each matrix")
+    reduce_range: bool = Field(False, description="7-bit weights, for x86 machines without VNNI")
+
+
+class OnnxWeightOnlySettings(StageSettings):
+    """Weights in few bits, in blocks along the inputs with a scale each; activations stay fp32 (MatMulNBits)."""
+
+    rounding: Literal["nearest", "compensated", "searched"] = Field(
+        "nearest",
+        description="nearest; compensated: GPTQ, later weights make up for earlier ones; searched: k-quant, the best scale per block",
+    )
+    windows: int = Field(64, ge=1, description="calibration windows for compensated and searched rounding")
+
+
+class OnnxWeightOnlyInt8Settings(OnnxWeightOnlySettings):
+    """8 bits per weight."""
+
+    block: Literal[32, 64, 128, 256] = Field(128, description="weights that share a scale")
+
+
+class OnnxWeightOnlyInt4Settings(OnnxWeightOnlySettings):
+    """4 bits per weight; the embedding 8 or 4."""
+
+    block: Literal[16, 32, 64, 128] = Field(32, description="weights that share a scale")
+    rounding: Literal["nearest", "compensated", "searched"] = Field("compensated", description="as for 8 bits")
+    embedding_bits: Literal[4, 8] = Field(8, description="bits of the embedding and of a head that is tied to it")
 
 
 class TfliteSettings(StageSettings):
@@ -48,6 +91,28 @@ class TfliteInt8Settings(StageSettings):
     input_smoothing: float = Field(
         0.5, ge=0, le=1, description="share of outliers moved from the inputs of o and down projections to their weights"
     )
+    dynamic: tuple[str, ...] | None = Field(
+        None,
+        description="linear layers, by a part of their name or a shell pattern, that quantise their inputs in each call and give float"
+        " outputs; none: the head (logits) and the second projections of FFNs",
+    )
+
+
+class TfliteDynamicInt8Settings(StageSettings):
+    """int8 weights in TFLite, activations quantised anew in every call."""
+
+
+class TfliteWeightOnlyInt8Settings(StageSettings):
+    """int8 weights in TFLite, made float again before each product."""
+
+
+class TfliteFullInt8Settings(StageSettings):
+    """Full-integer int8 for NPUs: inputs, outputs and KV cache are int8 too, through TensorFlow's own converter."""
+
+    windows: int = Field(16, ge=1, description="calibration windows fed through prefill and decode")
+    decode_steps: int = Field(16, ge=1, description="decode steps with a filled cache fed per window")
+    prefill_tokens: int = Field(64, ge=1, description="tokens per prefill call; longer prompts go in chunks")
+    context_tokens: int = Field(512, ge=16, description="length of the KV cache in tokens")
 
 
 class TokenizerSettings(StageSettings):

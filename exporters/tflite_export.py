@@ -33,10 +33,10 @@ SPARE_CONSTANT_BYTES = 2**16  # shapes, axes, rotary frequencies: what the file 
 LIBRARIES = ("torch", "transformers", "litert-torch", "litert-converter", "ai-edge-litert", "tflite-runtime", "flatbuffers")
 
 
-def run(settings: TfliteSettings, out: Path, smooth: Path, text: Path) -> None:
+def run(settings: TfliteSettings, out: Path, model: Path, text: Path) -> None:
     """Write ``tflite_fp32.tflite`` and its sidecar. GateError where the file or what it computes is not right."""
-    model = load_model(smooth)
-    shape = shape_of(model)
+    decoder = load_model(model)
+    shape = shape_of(decoder)
     if shape.parameters * 4 > FILE_LIMIT_BYTES:
         raise UserError(
             f"{shape.parameters / 1e6:.0f} M parameters do not fit in an fp32 TFLite file (2 GB); prune more or leave tflite out"
@@ -44,9 +44,9 @@ def run(settings: TfliteSettings, out: Path, smooth: Path, text: Path) -> None:
     context_tokens = min(settings.context_tokens, shape.context_tokens)
     prefill_tokens = min(settings.prefill_tokens, context_tokens - CHECKED_STEPS)
     feeds = prompt_feeds(np.load(text / "calibration.npy"), prefill_tokens, context_tokens, CHECKED_STEPS)
-    expected = reference_logits(model, feeds)
+    expected = reference_logits(decoder, feeds)
     path = out / f"{NAME}.tflite"
-    convert(model, shape, prefill_tokens, context_tokens, path)
+    convert(decoder, shape, prefill_tokens, context_tokens, path)
     graph = read_model(path)
     found = operators(graph)
     check_loadable(found, NAME)
@@ -62,7 +62,7 @@ def run(settings: TfliteSettings, out: Path, smooth: Path, text: Path) -> None:
         files=[path],
         interface=interface,
         tensors=tensor_contract(graph),
-        parent=checkpoint_sha256(smooth),
+        parent=checkpoint_sha256(model),
         settings=settings,
         measured=measured | {"operators": operator_counts(found), "constant_bytes": constant_bytes(graph)},
         libraries=LIBRARIES,

@@ -1,5 +1,9 @@
 """The three ways a command ends badly that were foreseen. Anything else that reaches the user is a bug."""
 
+import errno
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of an OSError: the place takes no more bytes
+
 
 class UserError(Exception):
     """The user's mistake: one line that ends in what to do next. The command exits with 2."""

@@ -17,7 +17,8 @@ import numpy as np
 from device_tests.local import LocalRun, child_environment, run_local
 from models.errors import GateError
 from pipeline.measure import runtimes_of
-from pipeline.report import ARTIFACT_OF_STAGE, read_json, sidecar_path
+from pipeline.report import read_json, sidecar_path
+from pipeline.stages import ARTIFACT_OF_STAGE
 
 BENCH_COLUMNS = (
     "row", "threads", "MB", "first token ms", "x PyTorch", "x fp32 ORT", "decode tokens/s", "x PyTorch", "x fp32 ORT", "spread", "peak MB",
@@ -42,10 +43,10 @@ class BenchPlan:
 
 def bench(folders: dict[str, Path], plan: BenchPlan, tell: Callable[[str, str], None]) -> dict:
     """Time all rows. Returns ``{"how", "rows": [...], "rounds"}``; rows carry every round's numbers and their medians."""
-    sidecars = {name: sidecar_path(folders, stage) for stage, name in ARTIFACT_OF_STAGE.items()}
+    sidecars = {name: sidecar_path(folders, stage) for stage, name in ARTIFACT_OF_STAGE.items() if stage in folders}
     entries = [(TORCH, None, "")]
     for name, sidecar in sidecars.items():
-        entries += [(f"{name} in {runtime}", sidecar, runtime) for runtime in runtimes_of(read_json(sidecar)["format"])]
+        entries += [(f"{name} in {runtime}", sidecar, runtime) for runtime in runtimes_of(read_json(sidecar))]
     found: dict[tuple[str, int], list[dict]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         prompt = golden_prompt(folders["golden"], Path(scratch))

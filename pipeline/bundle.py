@@ -3,13 +3,12 @@
 Both are made beside their place and renamed into it, so that the last bundle stays whole until the next one is.
 """
 
-import errno
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.errors import GateError, UserError
+from models.errors import NO_ROOM, GateError, UserError
 from models.provenance import sha256_of
 from pipeline.bundle_files import (
     ROLE_OF_FOLDER,
@@ -25,13 +24,12 @@ from pipeline.bundle_readme import readme
 from pipeline.contents import opened, read
 from pipeline.manifest import MANIFEST, SUMS, Manifest, Provenance, manifest_json, sums
 from pipeline.recipe import recipe_toml
-from pipeline.report import ARTIFACT_OF_STAGE, Report, report_json
+from pipeline.report import Report, report_json
 from pipeline.report_html import report_html
 from pipeline.runner import locked
+from pipeline.stages import stages_of
 from pipeline.verify import verify_bundle
 from pipeline.zip_folder import write_zip
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def fill(bundle: Path, inputs: BundleInputs) -> None:
     report, folders = inputs.report, inputs.folders
     for folder in ROLE_OF_FOLDER:
         (bundle / folder).mkdir(parents=True)
-    entries = [copy_artifact(bundle, inputs, stage) for stage in ARTIFACT_OF_STAGE]
+    entries = [copy_artifact(bundle, inputs, stage) for stage in stages_of(inputs.recipe.artifacts)]
     tokenizer = copy_tokenizer(folders["tokenizer"], bundle / "tokenizer")
     copy_golden(folders["golden"], bundle / "golden", inputs.recipe)
     copy_program(bundle / "device_tests")

@@ -96,7 +96,7 @@ def copy_golden(source: Path, target: Path, recipe: Recipe) -> None:
     """The golden vectors and each artifact's gates. The evaluation vectors stay: they are many times larger."""
     for name in ("golden.npz", "golden.json"):
         shutil.copyfile(source / name, target / name)
-    for name, gate in recipe.gates.model_dump().items():
+    for name, gate in recipe.gates.model_dump(include=set(recipe.artifacts)).items():
         write_json(target / f"{name}.gates.json", gate)
 
 

@@ -5,22 +5,30 @@ import re
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.manifest import Manifest
+from pipeline.manifest import Artifact, Manifest
 from pipeline.report import Report, report_json
 from pipeline.report_html import TEMPLATES
+
+OTHER_TENSORS = ("tflite_full_int8",)  # its inputs, outputs and cache are int8: the examples feed floats
 
 
 def readme(manifest: Manifest, report: Report) -> str:
     """README.md for whoever puts the bundle into an app; its numbers come from the report."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(first_layer=first_layer, shown=shown, percent=percent)
-    by_name = {entry.name: entry for entry in manifest.artifacts}
     return environment.get_template("bundle_readme.md.j2").render(
         manifest=manifest,
         report=json.loads(report_json(report)),
-        onnx=by_name["onnx_static_int8"],
-        tflite=by_name["tflite_static_int8"],
+        formats={entry.format for entry in manifest.artifacts},
+        onnx=recommended(manifest, "onnx"),
+        tflite=recommended(manifest, "tflite"),
     )
+
+
+def recommended(manifest: Manifest, form: str) -> Artifact | None:
+    """The file that the examples open: static int8 if it is there, else the smallest that takes floats; None without one."""
+    fitting = [entry for entry in manifest.artifacts if entry.format == form and entry.name not in OTHER_TENSORS]
+    return min(fitting, key=lambda entry: (not entry.name.endswith("static_int8"), entry.bytes), default=None)
 
 
 def first_layer(tensors: list[dict]) -> list[dict]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from models.errors import UserError
 from models.hub import resolve_commit
+from models.provenance import sha256_of
 from models.settings import StageSettings
 from pipeline.stages import Stage
 
@@ -22,18 +23,12 @@ OURS = ("models", "pipeline", "exporters", "device_tests")
 NOT_CODE = ("models.settings", "pipeline.settings", "exporters.settings", "models.progress", "models.errors")
 
 
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def tree_sha256(path: Path) -> str:
     """Hex SHA-256 over the names and contents of a folder's own files, or of one file."""
     if path.is_file():
-        return file_sha256(path)
+        return sha256_of(path)
     files = sorted(item for item in path.iterdir() if item.is_file())
-    return text_sha256(json.dumps([[item.name, file_sha256(item)] for item in files]))
+    return text_sha256(json.dumps([[item.name, sha256_of(item)] for item in files]))
 
 
 def text_sha256(text: str) -> str:

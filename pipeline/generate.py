@@ -89,7 +89,8 @@ def check_options(runtime: str, options: GenerateOptions) -> None:
 
 def chosen_artifact(manifest: Manifest, runtime: str, name: str | None) -> Artifact:
     """The artifact called ``name``, else the smallest one that ``runtime`` opens (the int8 one)."""
-    fitting = [artifact for artifact in manifest.artifacts if artifact.format == RUNTIMES[runtime][1]]
+    ours = RUNTIMES[runtime][0]
+    fitting = [artifact for artifact in manifest.artifacts if ours in [device.runtime for device in artifact.runtimes]]
     if not fitting:
         raise UserError(f"this bundle has nothing for --runtime {runtime}; give another runtime")
     if name is None:

@@ -1,7 +1,7 @@
 """What the fp32 PyTorch models answer, written down once: every artifact is held against these files, on any device.
 
 Three models score the evaluation windows, one after the other so that only one is in memory: the dense one, the pruned and
-recovered one, and the smoothed one that is exported (the reference of the artifacts).
+recovered one, and the smoothed, perhaps clustered one that is exported (the reference of the artifacts).
 
 golden.npz      windows int32 [g, T], prompt_tokens, logits float32 [g, R, V] (at the prompt's last token and after),
                 greedy_prompts int32 [q, P'], greedy_tokens int32 [q, N]
@@ -26,7 +26,7 @@ from pipeline.settings import GoldenSettings
 GOLDEN_BYTES = 8 * 10**6  # golden.npz travels in every bundle
 
 
-def run(settings: GoldenSettings, out: Path, checkpoint: Path, recover: Path, smooth: Path, text: Path) -> None:
+def run(settings: GoldenSettings, out: Path, checkpoint: Path, recover: Path, exported: Path, text: Path) -> None:
     """Write golden.npz, evaluation.npz and golden.json."""
     record = json.loads((text / "text.json").read_text(encoding="utf-8"))
     windows = np.load(text / "evaluation.npy", allow_pickle=False)
@@ -35,17 +35,17 @@ def run(settings: GoldenSettings, out: Path, checkpoint: Path, recover: Path, sm
     dense = score(model, plan, "dense model", None)
     del model
     pruned = score(load_model(recover), plan, "pruned model", dense)
-    model = load_model(smooth)
-    exported = score(model, plan, "exported model", dense)
+    model = load_model(exported)
+    final = score(model, plan, "exported model", dense)
     prompts, continuations = greedy(model, plan, settings)
     del model
-    write_vectors(out, plan, dense, exported, (prompts, continuations))
+    write_vectors(out, plan, dense, final, (prompts, continuations))
     described = {
         "reference": describe(dense, None),
         "pruned": describe(pruned, dense),
         "exported": {
-            **describe(exported, dense),
-            "max_abs_diff_to_pruned": float(np.abs(exported.golden_logits - pruned.golden_logits).max()),
+            **describe(final, dense),
+            "max_abs_diff_to_pruned": float(np.abs(final.golden_logits - pruned.golden_logits).max()),
         },
         "golden": {
             "windows": plan.golden_windows,
@@ -57,7 +57,7 @@ def run(settings: GoldenSettings, out: Path, checkpoint: Path, recover: Path, sm
             "greedy_tokens": continuations.shape[1],
             "bytes": (out / "golden.npz").stat().st_size,
         },
-        "top_k": {"k": plan.top_k, **shortcut_cost(exported, dense, plan)},
+        "top_k": {"k": plan.top_k, **shortcut_cost(final, dense, plan)},
         "text": record,
         "settings": settings_record(settings),
         "versions": library_versions("torch", "transformers", "numpy"),

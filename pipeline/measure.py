@@ -7,19 +7,27 @@ from device_tests.gates import Gates as DeviceGates
 from device_tests.local import LocalRun, run_local
 from device_tests.sessions import RUNTIMES
 from pipeline.recipe import Recipe
-from pipeline.report import ARTIFACT_OF_STAGE, read_json, sidecar_path
+from pipeline.report import read_json, sidecar_path
+from pipeline.stages import stages_of
 from pipeline.table import shown
 from pipeline.verify import bundle_folder
 
+NAMED_LAYERS = 3  # in the line of a failed gate
 BUNDLE_COLUMNS = (
     "artifact", "runtime", "load ms", "first token ms",
     "ms/token p50", "p90", "p99", "tokens/s", "peak MB", "difference", "top-1", "verdict",
 )  # fmt: skip
 
 
-def runtimes_of(form: str) -> list[str]:
-    """The runtimes that run a format, ``onnx`` or ``tflite``."""
-    return [runtime for runtime, (runs, *_) in RUNTIMES.items() if runs == form]
+def measuring_modules() -> tuple[str, ...]:
+    """The modules that decide what a measurement gives. Drivers are imported by name: no import statement leads to them."""
+    return ("device_tests.__main__", *dict.fromkeys(driver for _, driver, *_ in RUNTIMES.values()))
+
+
+def runtimes_of(sidecar: dict) -> list[str]:
+    """The runtimes that an artifact is for: those that its sidecar names, else all that run its format."""
+    named = sidecar.get("runtimes")
+    return [name for name, (form, *_) in RUNTIMES.items() if form == sidecar["format"] and (named is None or name in named)]
 
 
 def measure(recipe: Recipe, folders: dict[str, Path], tell: Callable[[str, str], None]) -> list[dict]:
@@ -28,15 +36,25 @@ def measure(recipe: Recipe, folders: dict[str, Path], tell: Callable[[str, str],
     One after the other, because two at once would time each other.
     """
     results = []
-    for stage, name in ARTIFACT_OF_STAGE.items():
+    for stage, name in stages_of(recipe.artifacts).items():
         sidecar = sidecar_path(folders, stage)
         gates = DeviceGates(**getattr(recipe.gates, name).model_dump())
-        for runtime in runtimes_of(read_json(sidecar)["format"]):
+        for runtime in runtimes_of(read_json(sidecar)):
             tell(f"{name} in {runtime}", "runs")
             run = LocalRun(runtime=runtime, threads=recipe.device.threads, gates=gates, quality=True)
-            results.append(run_local(sidecar, folders["golden"], run))
+            results.append(with_dearest(run_local(sidecar, folders["golden"], run), read_json(sidecar)))
             tell(f"{name} in {runtime}", "passed" if results[-1]["device"]["passed"] else "FAILED")
     return results
+
+
+def with_dearest(result: dict, sidecar: dict) -> dict:
+    """The same result; where it failed, each failure also names the layers that cost most, if they were measured."""
+    costs = sidecar["measured"].get("sensitivity")
+    if result["device"]["passed"] or not costs:
+        return result
+    dearest = ", ".join(f"{layer['name']} (KL {layer['kl']:.1e})" for layer in costs["layers"][:NAMED_LAYERS])
+    failures = [f"{failure}; dearest layers as int8: {dearest}" for failure in result["device"]["failures"]]
+    return {**result, "device": {**result["device"], "failures": failures}}
 
 
 def measure_bundle(path: Path, tell: Callable[[str, str], None], threads: int = 1) -> list[dict]:
@@ -47,7 +65,7 @@ def measure_bundle(path: Path, tell: Callable[[str, str], None], threads: int = 
     results = []
     with bundle_folder(path) as (folder, manifest):
         for artifact in manifest.artifacts:
-            for runtime in runtimes_of(artifact.format):
+            for runtime in (device.runtime for device in artifact.runtimes):
                 tell(f"{artifact.name} in {runtime}", "runs")
                 run = LocalRun(runtime=runtime, threads=threads, gates=DeviceGates(**artifact.gates))
                 results.append(run_local(folder / artifact.sidecar, folder / "golden", run))

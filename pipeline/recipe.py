@@ -6,12 +6,25 @@ from pathlib import Path
 from typing import Annotated
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
-from exporters.settings import OnnxInt8Settings, OnnxSettings, TfliteInt8Settings, TfliteSettings, TokenizerSettings
+from exporters.settings import (
+    OnnxDynamicInt8Settings,
+    OnnxInt8Settings,
+    OnnxSettings,
+    OnnxWeightOnlyInt4Settings,
+    OnnxWeightOnlyInt8Settings,
+    TfliteDynamicInt8Settings,
+    TfliteFullInt8Settings,
+    TfliteInt8Settings,
+    TfliteSettings,
+    TfliteWeightOnlyInt8Settings,
+    TokenizerSettings,
+)
 from models.errors import UserError
 from models.settings import CheckpointSettings, StageSettings, TextSettings
-from pipeline.settings import DeviceSettings, Gate, GoldenSettings, PruneSettings, RecoverSettings, SmoothSettings
+from pipeline.settings import ClusterSettings, DeviceSettings, Gate, GoldenSettings, PruneSettings, RecoverSettings, SmoothSettings
+from pipeline.stages import ARTIFACT_OF_STAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "pipeline" / "recipes" / "default.toml"
@@ -24,27 +37,55 @@ class Gates(StageSettings):
 
     onnx_fp32: Gate = Gate()
     onnx_static_int8: Gate = Gate()
+    onnx_dynamic_int8: Gate = Gate()
+    onnx_weight_only_int8: Gate = Gate()
+    onnx_weight_only_int4: Gate = Gate()
     tflite_fp32: Gate = Gate()
     tflite_static_int8: Gate = Gate()
+    tflite_dynamic_int8: Gate = Gate()
+    tflite_weight_only_int8: Gate = Gate()
+    tflite_full_int8: Gate = Gate()
 
 
 class Recipe(StageSettings):
-    """Every stage's settings under the stage's name, the gates, and how devices measure."""
+    """Which artifacts are made, every stage's settings under the stage's name, the gates, and how devices measure."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="the bundle is <name>-android-bundle")]
+    artifacts: Annotated[tuple[str, ...], Field(min_length=1, description="what the bundle holds")] = (
+        "onnx_fp32",
+        "onnx_static_int8",
+        "tflite_fp32",
+        "tflite_static_int8",
+    )
     checkpoint: CheckpointSettings
     text: TextSettings = TextSettings()
     prune: PruneSettings = PruneSettings()
     recover: RecoverSettings = RecoverSettings()
     smooth: SmoothSettings = SmoothSettings()
+    cluster: ClusterSettings = ClusterSettings()
     golden: GoldenSettings = GoldenSettings()
     onnx: OnnxSettings = OnnxSettings()
     onnx_int8: OnnxInt8Settings = OnnxInt8Settings()
+    onnx_dynamic_int8: OnnxDynamicInt8Settings = OnnxDynamicInt8Settings()
+    onnx_weight_only_int8: OnnxWeightOnlyInt8Settings = OnnxWeightOnlyInt8Settings()
+    onnx_weight_only_int4: OnnxWeightOnlyInt4Settings = OnnxWeightOnlyInt4Settings()
     tflite: TfliteSettings = TfliteSettings()
     tflite_int8: TfliteInt8Settings = TfliteInt8Settings()
+    tflite_dynamic_int8: TfliteDynamicInt8Settings = TfliteDynamicInt8Settings()
+    tflite_weight_only_int8: TfliteWeightOnlyInt8Settings = TfliteWeightOnlyInt8Settings()
+    tflite_full_int8: TfliteFullInt8Settings = TfliteFullInt8Settings()
     tokenizer: TokenizerSettings = TokenizerSettings()
     device: DeviceSettings = DeviceSettings()
     gates: Gates = Gates()
+
+    @field_validator("artifacts")
+    @classmethod
+    def known(cls, artifacts: tuple[str, ...]) -> tuple[str, ...]:
+        """Each artifact is one that a stage makes, and named once."""
+        unknown = [name for name in artifacts if name not in ARTIFACT_OF_STAGE.values()]
+        if unknown or len(set(artifacts)) < len(artifacts):
+            raise ValueError(f"give each at most once, of {', '.join(ARTIFACT_OF_STAGE.values())}")
+        return artifacts
 
 
 def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
@@ -62,9 +103,17 @@ def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
         values["text"] = {**DEMO_TEXTS, **values.get("text", {})}
     values.setdefault("name", bundle_name(str(source or DEMO)))
     try:
-        return Recipe.model_validate(values)
+        return with_targets(Recipe.model_validate(values))
     except ValidationError as error:
         raise UserError(told(error, path)) from error
+
+
+def with_targets(recipe: Recipe) -> Recipe:
+    """The same recipe, in which mixed precision aims at what the artifact's gate will ask for, unless it says itself."""
+    gate, stage = recipe.gates.onnx_static_int8, recipe.onnx_int8
+    aims = {"least_top1": gate.top1, "largest_perplexity_change": gate.perplexity_change}
+    missing = {key: limit for key, limit in aims.items() if getattr(stage, key) is None}
+    return recipe.model_copy(update={"onnx_int8": stage.model_copy(update=missing)})
 
 
 def told(error: ValidationError, path: Path | None) -> str:

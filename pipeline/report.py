@@ -10,17 +10,13 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.errors import UserError
+from pipeline.compressed import deflated_bytes
 from pipeline.recipe import Recipe, recipe_toml
+from pipeline.stages import ARTIFACT_OF_STAGE, stages_of
 
 FORMAT_VERSION = 1
 FP32_BYTES = 4
-ARTIFACT_OF_STAGE = {
-    "onnx": "onnx_fp32",
-    "onnx_int8": "onnx_static_int8",
-    "tflite": "tflite_fp32",
-    "tflite_int8": "tflite_static_int8",
-}
-RECORDS = ("checkpoint", "text", "prune", "recover", "smooth", "golden")  # stages whose JSON is <stage>.json
+RECORDS = ("checkpoint", "text", "prune", "recover", "smooth", "cluster", "golden")  # stages whose JSON is <stage>.json
 
 Measured = float | None  # None: the run that should have measured it died before
 
@@ -102,6 +98,22 @@ class Device(Entry):
     failures: list[str] = []
 
 
+class LayerCost(Entry):
+    """What is lost when only this layer, or all layers of this kind, are int8."""
+
+    name: str
+    kl: float = Field(description="mean KL divergence from fp32 in nats per token")
+    top1: float
+
+
+class Sensitivity(Entry):
+    """Each list dearest first."""
+
+    layers: list[LayerCost]
+    operators: list[LayerCost]
+    tokens: int
+
+
 class Artifact(Entry):
     """An exported model file and everything that was measured of it."""
 
@@ -110,6 +122,9 @@ class Artifact(Entry):
     sha256: str
     bytes: int
     size_ratio: float = Field(description="bytes over the dense model's bytes_fp32")
+    bytes_compressed: int = Field(description="after deflate at its best level, file by file: what a phone downloads")
+    other_forms: list[dict] = Field([], description="layers that are not in the form that the artifact is named after, and why")
+    sensitivity: Sensitivity | None = Field(None, description="what each layer costs as int8; null where it was not measured")
     quality: Quality | None = Field(description="each number the worst over the artifact's runtimes; null when none was measured")
     devices: list[Device]
     passed: bool
@@ -161,8 +176,9 @@ def build_report(recipe: Recipe, folders: dict[str, Path], results: list[dict], 
     """
     records = {name: read_json(folders[name] / f"{name}.json") for name in RECORDS}
     model = model_of(recipe.name, records["checkpoint"])
-    sidecars = [read_json(sidecar_path(folders, stage)) for stage in ARTIFACT_OF_STAGE]
-    artifacts = [artifact_of(sidecar, results, model.bytes_fp32) for sidecar in sidecars]
+    paths = [sidecar_path(folders, stage) for stage in stages_of(recipe.artifacts)]
+    sidecars = [read_json(path) for path in paths]
+    artifacts = [artifact_of(path, results, model.bytes_fp32) for path in paths]
     tokenizer = read_json(folders["tokenizer"] / "tokenizer_graph.json")
     texts = {name: records["text"][name] for name in ("calibration", "evaluation")}
     return Report(
@@ -175,7 +191,7 @@ def build_report(recipe: Recipe, folders: dict[str, Path], results: list[dict], 
         text_sampled=any(text.get("kind") != "file" for text in texts.values()),
         tokenizer=Tokenizer(**{field: tokenizer[field] for field in Tokenizer.model_fields if field in tokenizer}),
         stages=[StageCost(**stage) for stage in stages],
-        gates={name: gate for name, gate in recipe.gates.model_dump(mode="json").items()},
+        gates=recipe.gates.model_dump(mode="json", include=set(recipe.artifacts)),
         versions=versions_of([*records.values(), *sidecars, tokenizer]),
         recipe=tomllib.loads(recipe_toml(recipe)),
     )
@@ -204,8 +220,9 @@ def model_of(name: str, checkpoint: dict) -> Model:
     )
 
 
-def artifact_of(sidecar: dict, results: list[dict], dense_bytes: int) -> Artifact:
-    """One artifact with all results that name it. Without a result it did not pass."""
+def artifact_of(path: Path, results: list[dict], dense_bytes: int) -> Artifact:
+    """The artifact of the sidecar at ``path`` with all results that name it. Without a result it did not pass."""
+    sidecar = read_json(path)
     own = [result for result in results if result["artifact"] == sidecar["name"]]
     for result in own:
         if result["sha256"] not in (sidecar["sha256"], None):  # None: the run died before it had read the artifact
@@ -217,10 +234,20 @@ def artifact_of(sidecar: dict, results: list[dict], dense_bytes: int) -> Artifac
         sha256=sidecar["sha256"],
         bytes=sidecar["bytes"],
         size_ratio=sidecar["bytes"] / dense_bytes,
+        bytes_compressed=sum(deflated_bytes(path.parent / file["path"]) for file in sidecar["files"]),
+        other_forms=other_forms(sidecar["measured"]),
+        sensitivity=sidecar["measured"].get("sensitivity"),
         quality=worst_quality([device.quality for device in devices if device.quality]),
         devices=devices,
         passed=bool(devices) and all(device.passed for device in devices),
     )
+
+
+def other_forms(measured: dict) -> list[dict]:
+    """``{"name", "why"}`` of each layer that is not int8 in an int8 artifact, or dynamic in a static one."""
+    dynamic = measured.get("coverage", {}).get("dynamic_linear_layers", [])
+    why = "dynamic int8: int8 weights, inputs quantised anew in every call"
+    return [*measured.get("not_int8", []), *({"name": name, "why": why} for name in dynamic)]
 
 
 def worst_quality(qualities: list[Quality]) -> Quality | None:

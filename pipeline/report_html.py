@@ -18,6 +18,7 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 MISSING = "\u2013"
 BAR_WIDTH = 340  # of a drawing, in the units that a phone's width has about as many of
 ROW_HEIGHT = 34
+SHOWN_LAYERS = 12
 
 
 def megabytes(value: float) -> str:
@@ -77,6 +78,7 @@ def report_html(report: Report) -> str:
         n=lambda path, form: number(data, path, form),
         size_plot=lambda: size_plot(data),
         latency_plot=lambda: latency_plot(data),
+        sensitivity_plot=sensitivity_plot(data),
         recipe_lines=recipe_lines(data["recipe"]),
     )
     return environment.get_template("report.html.j2").render(report=data)
@@ -94,6 +96,22 @@ def size_plot(report: dict) -> Markup:
         bar = Markup('<rect class="{}" x="0" y="18" width="{:.1f}" height="9" rx="2"/>').format(kind, width)
         parts.append(bar_row(row, label, [shown], bar))
     return drawing("Size in MB", len(rows), parts)
+
+
+def sensitivity_plot(report: dict) -> Markup:
+    """What the dearest layers of the first artifact that measured it cost as int8, as bars from zero; empty without one."""
+    place = next((place for place, artifact in enumerate(report["artifacts"]) if artifact["sensitivity"]), None)
+    if place is None:
+        return Markup("")
+    path = f"artifacts.{place}.sensitivity.layers"
+    layers = report["artifacts"][place]["sensitivity"]["layers"][:SHOWN_LAYERS]
+    rows = [(layer["name"], looked_up(report, f"{path}.{index}.kl", "scientific")) for index, layer in enumerate(layers)]
+    longest = max(shown.value for _, shown in rows) or 1
+    parts = []
+    for row, (label, shown) in enumerate(rows):
+        bar = Markup('<rect class="after" x="0" y="18" width="{:.1f}" height="9" rx="2"/>').format(BAR_WIDTH * shown.value / longest)
+        parts.append(bar_row(row, label, [shown], bar))
+    return drawing("KL divergence when one layer alone is int8", len(rows), parts)
 
 
 def latency_plot(report: dict) -> Markup:

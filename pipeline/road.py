@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from device_tests.sessions import RUNTIMES
 from pipeline.bundle import BundleInputs, build_bundle, bundle_is_whole
 from pipeline.fingerprint import ROOT, code_of, text_sha256, tree_sha256
-from pipeline.measure import measure
+from pipeline.measure import measure, measuring_modules
 from pipeline.recipe import Recipe
 from pipeline.report import build_report, report_json
 from pipeline.runner import as_rows, run_stages
@@ -53,8 +52,7 @@ def build(recipe: Recipe, places: Places, tell: Callable[[str, str], None], meas
 def build_key(recipe: Recipe, folders: dict[str, Path]) -> str:
     """Changes with any stage's result, the gates, the way devices measure, and the code that measures and writes."""
     code = {}
-    drivers = {driver for _, driver, *_ in RUNTIMES.values()}  # imported by name, so no import statement leads to them
-    for top in ("pipeline.road", "device_tests.__main__", *drivers):
+    for top in ("pipeline.road", *measuring_modules()):
         code |= code_of(top)[0]
     templates = tree_sha256(ROOT / "pipeline" / "templates")
     stages = {name: path.name for name, path in folders.items()}

@@ -21,9 +21,10 @@ from models.errors import GateError, StageDied, UserError
 from models.progress import PROGRESS_FD
 from pipeline.fingerprint import ROOT, difference, key_of, parts_of
 from pipeline.recipe import Recipe
-from pipeline.stages import STAGES, Stage
+from pipeline.stages import STAGES, Stage, leading_to, needed
 
 RECORD = "stage.json"
+FULL_BYTES = 2**20  # a disk with less is full: the file that failed was larger than what is left
 QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TOKENIZERS_PARALLELISM": "false",
@@ -52,7 +53,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class StageRun:
-    """What a stage cost: wall seconds and peak resident MiB of its process, both of the run that made the result."""
+    """What a stage cost: wall seconds and peak resident MB of its process, both of the run that made the result."""
 
     stage: str
     seconds: float
@@ -60,11 +61,14 @@ class StageRun:
     cached: bool
 
 
-def plan(recipe: Recipe, work: Path) -> list[Planned]:
-    """Every stage with its key, in order. Nothing is run; only the inputs outside the road are read."""
+def plan(recipe: Recipe, work: Path, goals: tuple[str, ...] = ()) -> list[Planned]:
+    """Every stage that the recipe's artifacts need, or only what leads to the stages ``goals``, with its key, in order.
+
+    Nothing is run; only the inputs outside the road are read.
+    """
     planned, keys = [], {}
     work = work.resolve()  # stages start processes of their own, wherever those may stand
-    for stage in STAGES:
+    for stage in leading_to(STAGES, goals) if goals else needed(STAGES, recipe.artifacts):
         inputs = {keyword: keys[name] for keyword, name in stage.inputs.items()}
         parts = parts_of(stage, getattr(recipe, stage.name), inputs)
         keys[stage.name] = key = key_of(stage, parts)
@@ -82,14 +86,16 @@ def why(stage_folder: Path, parts: dict) -> list[str]:
     return difference(json.loads(records[-1].read_text())["parts"], parts) or ["an older result with the same parts is gone"]
 
 
-def run_stages(recipe: Recipe, work: Path, tell: Callable[[str, str], None]) -> tuple[dict[str, Path], list[StageRun]]:
-    """Run what is missing, in order.
+def run_stages(
+    recipe: Recipe, work: Path, tell: Callable[[str, str], None], goals: tuple[str, ...] = ()
+) -> tuple[dict[str, Path], list[StageRun]]:
+    """Run what is missing, in order: what the recipe's artifacts need, or only what leads to the stages ``goals``.
 
     ``tell(stage, state)`` is called with ``runs`` before and ``ran`` or ``cached`` after each stage.
     Returns the folder of every stage and what each cost. Raises UserError and GateError as the stages do.
     """
     folders, runs = {}, []
-    for item in plan(recipe, work):
+    for item in plan(recipe, work, goals):
         name = item.stage.name
         if not item.cached:
             tell(name, "runs")
@@ -144,15 +150,15 @@ def fresh_draft(draft: Path) -> Path:
 
 def run_process(stage: Stage, settings, draft: Path, inputs: dict[str, Path]) -> dict:
     """Run a stage in a fresh process; its output goes to a log beside the draft. Returns what the process said at its end."""
-    log, said = draft.with_suffix(".log"), draft.with_suffix(".said.json")
-    said.unlink(missing_ok=True)
+    log = draft.with_suffix(".log")
+    heard, said = os.pipe()  # not a file: what a process says of a full disk must not need the disk
     order = {
         "module": stage.module,
         "settings_class": [type(settings).__module__, type(settings).__name__],
         "settings": settings.model_dump(mode="json"),
         "out": str(draft),
         "inputs": {keyword: str(path) for keyword, path in inputs.items()},
-        "said": str(said),
+        "said": said,
     }
     terminal = os.dup(sys.__stderr__.fileno())
     environment = {**os.environ, **QUIET, PROGRESS_FD: str(terminal)}
@@ -161,12 +167,14 @@ def run_process(stage: Stage, settings, draft: Path, inputs: dict[str, Path]) ->
             process = subprocess.run(
                 [sys.executable, "-m", "pipeline.stage_process", json.dumps(order)],
                 cwd=Path.cwd(), env=with_our_path(environment), stdout=file, stderr=file, stdin=subprocess.DEVNULL,
-                pass_fds=(terminal,), check=False,
+                pass_fds=(terminal, said), check=False,
             )  # fmt: skip
     finally:
         os.close(terminal)
-    outcome = json.loads(said.read_text()) if said.is_file() else {"ended": "died", "message": died(process.returncode)}
-    said.unlink(missing_ok=True)
+        os.close(said)
+        with os.fdopen(heard, "rb") as pipe:
+            answer = pipe.read()
+    outcome = json.loads(answer) if answer else {"ended": "died", "message": died(process.returncode)}
     if outcome["ended"] == "done":
         log.unlink()
     return {**outcome, "log": log}
@@ -189,12 +197,15 @@ def raise_failure(name: str, outcome: dict, draft: Path) -> None:
     """Turn what a stage said at its end into the error that the person sees."""
     if outcome["ended"] == "done":
         return
+    full = shutil.disk_usage(draft.parent).free < FULL_BYTES  # before the draft goes
     resumable = (draft / ".resume").is_dir()
     if not resumable:
         shutil.rmtree(draft, ignore_errors=True)
     message = f"{name}: {outcome['message']}"
     if outcome["ended"] == "user":
         raise UserError(message)
+    if full:  # libraries tell it in their own ways, or die of it
+        raise UserError(f"{name}: no room left on the disk; free some and run again, finished stages are kept")
     if outcome["ended"] == "gate":
         raise GateError(message)
     raise StageDied(f"{message}; the whole story is in {outcome['log']}")

@@ -1,6 +1,6 @@
-"""What a recipe may say about pruning, recovery, smoothing and the gates. Light on purpose: no torch here."""
+"""What a recipe may say about pruning, recovery, smoothing, clustering and the gates. Light on purpose: no torch here."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -10,12 +10,23 @@ from models.settings import StageSettings
 class PruneSettings(StageSettings):
     """What is removed. Sparsity 0 and full structure is the dense model."""
 
-    method: Literal["none", "magnitude"] = Field("none", description="unstructured method; its sparsity stands beside it")
-    sparsity: float = Field(0.0, ge=0.0, lt=1.0, description="share of the weights of each linear layer set to zero")
+    method: Literal["none", "magnitude", "wanda", "sparsegpt", "taylor"] = Field(
+        "none", description="how single weights are chosen: by size, by weight times input norm, by second moments, by gradient"
+    )
+    sparsity: float = Field(0.0, ge=0.0, lt=1.0, description="share of the weights of the linear layers set to zero")
+    scope: Literal["layer", "model"] = Field(
+        "layer", description="within what weights compete: each layer, or the whole model (magnitude and taylor)"
+    )
+    pattern: Literal["none", "2:4", "4:8"] = Field("none", description="n of every m neighbouring inputs are set to zero; sparsity is 0.5")
+    damping: float = Field(0.01, gt=0, description="of the mean diagonal, added to SparseGPT's second moments")
     ffn: float = Field(0.0, ge=0.0, lt=1.0, description="share of the FFN's width removed in every layer")
     kv_groups: float = Field(0.0, ge=0.0, lt=1.0, description="share of KV heads removed with their query heads")
     layers: int = Field(0, ge=0, description="number of whole layers removed, least influential first")
-    windows: int = Field(32, ge=1, description="calibration windows for the scores of structured pruning")
+    hidden: float = Field(0.0, ge=0.0, lt=1.0, description="share of the hidden size removed")
+    target: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of the parameters removed by structure, split among its kinds by measured sensitivity"
+    )
+    windows: int = Field(32, ge=1, description="calibration windows for every score that looks at activations or gradients")
 
 
 class RecoverSettings(StageSettings):
@@ -26,14 +37,31 @@ class RecoverSettings(StageSettings):
     window_tokens: int = Field(256, ge=16, description="tokens per window")
     learning_rate: float | None = Field(None, gt=0, description="peak; none: chosen from the damage done by pruning")
     seed: int = Field(0, description="seed of the order of windows")
+    hidden_weight: float = Field(
+        0.0, ge=0.0, description="weight of the hidden states' relative squared error beside KL; needs equal hidden sizes"
+    )
+    patience: int = Field(0, ge=0, description="validation measurements without a gain after which recovery stops; 0: never early")
 
 
 class SmoothSettings(StageSettings):
     """SmoothQuant folded into the weights; the function does not change."""
 
-    alpha: float = Field(0.5, ge=0.0, le=1.0, description="share of the difficulty moved from activations to weights")
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["search"] = Field(
+        0.5, description="share of the difficulty moved from activations to weights; search: the best of a grid for each fold"
+    )
     windows: int = Field(16, ge=1, description="calibration windows for the activation maxima")
     enabled: bool = Field(True, description="false: weights go on unchanged")
+
+
+class ClusterSettings(StageSettings):
+    """Weights that share values: k-means per matrix. It makes the download smaller, and nothing else."""
+
+    centroids: Literal[0] | Annotated[int, Field(ge=2, le=256)] = Field(
+        0, description="values that a matrix may hold beside zero; 0: as they are"
+    )
+    group_rows: int = Field(0, ge=0, description="output rows that share centroids; 0: the whole matrix")
+    embedding: bool = Field(True, description="the embedding and the head too")
+    seed: int = Field(0, description="seed of the first centroids")
 
 
 class GoldenSettings(StageSettings):

@@ -1,11 +1,10 @@
 """The fresh process in which one stage runs: ``python -m pipeline.stage_process '<order as JSON>'``.
 
-It writes how it ended to the file that the order names: ``done`` with its peak memory, ``user`` or ``gate`` with the
+It writes how it ended to the pipe whose number the order names: ``done`` with its peak memory, ``user`` or ``gate`` with the
 message of the error, ``bug`` with the exception.
 """
 
 import ctypes
-import errno
 import importlib
 import json
 import os
@@ -15,15 +14,10 @@ import sys
 import traceback
 from pathlib import Path
 
-from models.errors import GateError, UserError
+from device_tests.timing import peak_rss_mb
+from models.errors import NO_ROOM, GateError, UserError
 
-
-def peak_rss_mb() -> float:
-    """Peak resident memory of this process in MiB: VmHWM, which unlike ``ru_maxrss`` knows nothing of the parent."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return round(int(line.split()[1]) / 1024, 1)
-    raise RuntimeError("/proc/self/status has no VmHWM line")
+MESSAGE_LIMIT = 8192  # characters: what the parent reads only at the end must fit a pipe
 
 
 def run(order: dict) -> dict:
@@ -36,17 +30,17 @@ def run(order: dict) -> dict:
         importlib.import_module(order["module"]).run(settings, Path(order["out"]), **inputs)
         return {"ended": "done", "peak_rss_mb": peak_rss_mb()}
     except UserError as error:
-        return {"ended": "user", "message": str(error)}
+        return {"ended": "user", "message": str(error)[:MESSAGE_LIMIT]}
     except GateError as error:
-        return {"ended": "gate", "message": str(error)}
+        return {"ended": "gate", "message": str(error)[:MESSAGE_LIMIT]}
     except OSError as error:
         traceback.print_exc()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             return {"ended": "user", "message": "no room left on the disk; free some and run again, finished stages are kept"}
         return {"ended": "bug", "message": f"{type(error).__name__}: {error}"}
     except Exception as error:  # the border of the process: whatever it is, it is told to the parent and logged whole
         traceback.print_exc()
-        first_line = (str(error).splitlines() or [""])[0]
+        first_line = (str(error).splitlines() or [""])[0][:MESSAGE_LIMIT]
         return {"ended": "bug", "message": f"{type(error).__name__}: {first_line}"}
 
 
@@ -60,7 +54,8 @@ def main() -> None:
     die_with_parent()
     order = json.loads(sys.argv[1])
     outcome = run(order)
-    Path(order["said"]).write_text(json.dumps(outcome))
+    with os.fdopen(order["said"], "w") as pipe:
+        json.dump(outcome, pipe)
     sys.stdout.flush()
     sys.stderr.flush()
     # Some of the libraries crash in their exit handlers; the result is written, so nothing is left to do.

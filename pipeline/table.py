@@ -6,6 +6,7 @@ COLUMNS = (
     "artifact",
     "runtime",
     "MB",
+    "MB download",
     "perplexity change",
     "top-1",
     "first token ms",
@@ -17,10 +18,11 @@ COLUMNS = (
 
 
 def rows(report: dict) -> list[tuple[str, ...]]:
-    """One row per artifact and runtime of a ``report.json``; bytes in 10^6, a dash where a run died before it could measure."""
+    """One row per artifact and runtime of a ``report.json``; bytes in 10^6 on disk and after deflate, a dash for what was not measured."""
     found = []
     for artifact in report["artifacts"]:
         quality = artifact["quality"] or {}
+        sizes = (f"{artifact['bytes'] / 1e6:.1f}", f"{artifact['bytes_compressed'] / 1e6:.1f}")
         for device in artifact["devices"]:
             numbers = (
                 shown(quality.get("perplexity_change"), "+.3%"),
@@ -32,7 +34,7 @@ def rows(report: dict) -> list[tuple[str, ...]]:
             )
             runtime = f"{device['runtime']} {device['runtime_version'] or ''}".strip()
             verdict = "passed" if device["passed"] else "FAILED"
-            found.append((artifact["name"], runtime, f"{artifact['bytes'] / 1e6:.1f}", *numbers, verdict))
+            found.append((artifact["name"], runtime, *sizes, *numbers, verdict))
     return found
 
 

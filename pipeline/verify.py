@@ -161,12 +161,11 @@ def sha256_or_fault(contents: Contents, name: str) -> str:
 
 
 def replayed(folder: Path, manifest: Manifest, threads: int) -> tuple[tuple[Replay, ...], tuple[str, ...]]:
-    """Golden vectors of every artifact in every installed runtime of its format, and the runtimes that are not installed."""
+    """Golden vectors of every artifact in every installed runtime that it was proved in, and the runtimes that are not installed."""
     found, missing = [], set()
     for artifact in manifest.artifacts:
-        for runtime, (form, _, library, _) in RUNTIMES.items():
-            if form != artifact.format:
-                continue
+        for runtime in (device.runtime for device in artifact.runtimes):
+            library = RUNTIMES[runtime][2]
             if importlib.util.find_spec(library.split(".")[0]) is None:
                 missing.add(runtime)
                 continue

@@ -63,7 +63,7 @@ def stages(text, tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"{family}-{tied}")
         checkpoint, out = write(folder / "model", tiny_model(family, tied=tied)), folder / "out"
         out.mkdir()
-        run(OnnxSettings(greedy_tokens=12), out, smooth=checkpoint, text=text)
+        run(OnnxSettings(greedy_tokens=12), out, model=checkpoint, text=text)
         made[family, tied] = checkpoint, out
     return made
 
@@ -183,12 +183,12 @@ def test_one_shared_buffer_gives_the_plain_cache_numbers(family, stages):
 
 def test_a_difference_above_the_limit_is_a_failed_gate(text, tmp_path, checkpoints):
     with pytest.raises(GateError, match=r"onnx_fp32: logits differ from PyTorch by .* limit 1e-12; worst in \w+, window"):
-        run(OnnxSettings(max_abs_diff=1e-12), tmp_path, smooth=checkpoints["llama"], text=text)
+        run(OnnxSettings(max_abs_diff=1e-12), tmp_path, model=checkpoints["llama"], text=text)
 
 
 def test_two_exports_are_byte_identical_and_name_no_place(text, tmp_path, stages):
     checkpoint, first = stages["qwen2", True]
-    run(OnnxSettings(greedy_tokens=12), tmp_path, smooth=checkpoint, text=text)
+    run(OnnxSettings(greedy_tokens=12), tmp_path, model=checkpoint, text=text)
     names = sorted(path.name for path in first.iterdir())
     assert names == ["genai_config.json", "onnx_fp32.json", "onnx_fp32.onnx"]
     for name in names:

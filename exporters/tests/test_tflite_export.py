@@ -55,7 +55,7 @@ def exported(request, tmp_path_factory, text_folder) -> Path:
     folder = tmp_path_factory.mktemp(f"tflite_{request.param}")
     randomised_checkpoint(folder / "model", request.param)
     (folder / "out").mkdir()
-    tflite_export.run(SETTINGS, folder / "out", smooth=folder / "model", text=text_folder)
+    tflite_export.run(SETTINGS, folder / "out", model=folder / "model", text=text_folder)
     return folder
 
 
@@ -106,7 +106,7 @@ def test_same_bytes_from_another_process(exported, text_folder, tmp_path):
         from exporters import tflite_export
         from exporters.settings import TfliteSettings
         tflite_export.run(TfliteSettings(prefill_tokens=12, context_tokens=48), Path({str(tmp_path)!r}),
-                          smooth=Path({str(exported / "model")!r}), text=Path({str(text_folder)!r}))
+                          model=Path({str(exported / "model")!r}), text=Path({str(text_folder)!r}))
     """
     root = Path(tflite_export.__file__).parents[1]
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, cwd=root, capture_output=True)
@@ -129,7 +129,7 @@ def test_weak_scores_do_not_leak_to_empty_slots(tmp_path, text_folder):
             layer.self_attn.k_proj.bias[:] = -3.0
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "out").mkdir()
-    tflite_export.run(SETTINGS, tmp_path / "out", smooth=tmp_path / "model", text=text_folder)
+    tflite_export.run(SETTINGS, tmp_path / "out", model=tmp_path / "model", text=text_folder)
 
 
 def test_prompts_of_all_kinds_fit_the_context():

@@ -9,9 +9,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from device_tests.tests.toy import VOCABULARY, ToyModel, write_onnx, write_vectors
 from models.provenance import sha256_of
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.report import ARTIFACT_OF_STAGE, RECORDS
+from pipeline.report import RECORDS
+from pipeline.stages import stages_of
 
 RUNTIMES = {"onnx": ("onnxruntime",), "tflite": ("litert", "tflite")}
+ARTIFACT_OF_STAGE = stages_of(load_recipe(None, []).artifacts)
 STAGES = (*RECORDS, *ARTIFACT_OF_STAGE, "tokenizer")
 
 
@@ -72,6 +74,7 @@ def records(sampled: bool) -> dict[str, dict]:
         "prune": {"sparsity": 0.0},
         "recover": {"kept": "before"},
         "smooth": {"max_function_difference": 1e-6},
+        "cluster": {"centroids": 0},
         "golden": {
             "reference": {"perplexity": 30.0, "perplexity_stderr": 0.5, "tokens": 5120},
             "pruned": {**pruned, "parameters": 90_000, "sparsity": 0.125},

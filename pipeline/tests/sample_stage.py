@@ -13,7 +13,7 @@ from models.settings import StageSettings
 
 class SampleSettings(StageSettings):
     value: int = 1
-    ends: Literal["well", "user", "gate", "bug", "killed", "disk", "sleeps", "resumes"] = "well"
+    ends: Literal["well", "user", "gate", "bug", "killed", "disk", "fills", "sleeps", "resumes"] = "well"
     calls: Path | None = None
 
 
@@ -32,10 +32,22 @@ def run(settings: SampleSettings, out: Path, **inputs: Path) -> None:
         raise failures[settings.ends]
     if settings.ends == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if settings.ends == "fills":
+        fill_disk(out / "large")
     if settings.ends == "sleeps":
         time.sleep(60)
     if settings.ends == "resumes":
         resume(out / ".resume")
+
+
+def fill_disk(path: Path) -> None:
+    """Writes until nothing is left, then fails as a library does that does not say why."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError as error:
+            raise RuntimeError("could not write the model") from error
 
 
 def resume(folder: Path) -> None:

@@ -14,6 +14,7 @@ from models.errors import GateError, UserError
 from pipeline import bundle as bundling
 from pipeline.bundle import BundleInputs, build_bundle, bundle_is_whole
 from pipeline.manifest import FORMAT_VERSION, Manifest, sums
+from pipeline.recipe import load_recipe
 from pipeline.report import build_report
 from pipeline.tests.fake_road import fake_recipe, fake_results, fake_road, fake_stages
 from pipeline.zip_folder import write_zip
@@ -55,6 +56,20 @@ def test_bundle_holds_what_its_manifest_says(road, tmp_path):
         built.folder.name,
         built.archive.name,
     }
+
+
+@pytest.mark.parametrize(
+    ("artifacts", "opened", "not_opened"),
+    [(["onnx_fp32"], 'createSession("$dir/onnx/onnx_fp32', "Interpreter("), (["tflite_static_int8"], "Interpreter(", "## ONNX Runtime")],
+)
+def test_a_bundle_of_some_artifacts_holds_and_explains_those(artifacts, opened, not_opened, road, tmp_path):
+    recipe = load_recipe(None, ['name="tiny"', f"artifacts={json.dumps(artifacts)}"])
+    report = build_report(recipe, road, fake_results(road), fake_stages())
+    built = build_bundle(BundleInputs(recipe, road, report, "key"), tmp_path / "dist")
+    assert [entry.name for entry in manifest_of(built.folder).artifacts] == artifacts
+    assert {path.name for path in (built.folder / "golden").glob("*.gates.json")} == {f"{name}.gates.json" for name in artifacts}
+    text = (built.folder / "README.md").read_text(encoding="utf-8")
+    assert opened in text and not_opened not in text
 
 
 def test_manifest_says_how_to_call_and_where_it_was_proved(road, tmp_path):

@@ -73,7 +73,7 @@ def stage(request, checkpoints, tmp_path_factory) -> dict[str, Path]:
         if name.endswith(("down_proj.weight", "mlp.c_proj.weight")):
             weight.mul_(torch.rand(weight.shape, generator=generator) > 0.5)
     save_model(model, root / "recover", checkpoints[request.param])
-    inputs = {"checkpoint": checkpoints[request.param], "recover": root / "recover", "smooth": root / "recover"}
+    inputs = {"checkpoint": checkpoints[request.param], "recover": root / "recover", "exported": root / "recover"}
     inputs["text"] = write_text(root / "text")
     (root / "out").mkdir()
     run(SETTINGS, root / "out", **inputs)
@@ -82,7 +82,7 @@ def stage(request, checkpoints, tmp_path_factory) -> dict[str, Path]:
 
 def test_the_files_hold_what_pytorch_answers(stage):
     golden, evaluation = (dict(np.load(stage["out"] / f"{name}.npz")) for name in ("golden", "evaluation"))
-    model, dense = load_model(stage["smooth"]), load_model(stage["checkpoint"])
+    model, dense = load_model(stage["exported"]), load_model(stage["checkpoint"])
     with torch.no_grad():
         logits = model(torch.from_numpy(evaluation["windows"]).long()).logits
         dense_logits = dense(torch.from_numpy(evaluation["windows"]).long()).logits
@@ -128,7 +128,7 @@ def test_the_json_says_what_the_models_score(stage):
 
 def test_pytorch_itself_passes_the_device_test(stage):
     """Cached steps of the exported model against files that were computed without a cache."""
-    session = TorchSession(load_model(stage["smooth"]))
+    session = TorchSession(load_model(stage["exported"]))
     replayed = replay(session, open_golden(stage["out"], INTERFACE))
     quality = evaluate(session, open_evaluation(stage["out"], INTERFACE))
     assert replayed.max_abs_diff < 2e-5 and replayed.top1 == 1.0 and replayed.greedy_prefix == 10
@@ -141,7 +141,7 @@ def test_pytorch_itself_passes_the_device_test(stage):
 
 def test_the_onnx_export_passes_in_its_own_runtime(stage, tmp_path):
     """The road from PyTorch through a file and another runtime back to the same numbers."""
-    onnx_export.run(OnnxSettings(), tmp_path, smooth=stage["smooth"], text=stage["text"])
+    onnx_export.run(OnnxSettings(), tmp_path, model=stage["exported"], text=stage["text"])
     gates = Gates(perplexity_change=1e-4, top1=1.0, kl=1e-5, max_abs_diff=5e-5)
     local = LocalRun("onnxruntime", gates=gates, quality=True, decode_tokens=64)
     result = run_local(tmp_path / "onnx_fp32.json", stage["out"], local)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from models.errors import UserError
 from pipeline.recipe import DEMO, DEMO_TEXTS, bundle_name, load_recipe, recipe_toml
+from pipeline.stages import STAGES, needed
 
 
 def test_default_recipe_is_the_demo_model_with_its_own_texts():
@@ -20,6 +21,24 @@ def test_default_recipe_is_the_demo_model_with_its_own_texts():
 def test_another_checkpoint_does_not_borrow_the_demo_texts():
     recipe = load_recipe(None, ["checkpoint.source=some/Folder-1.5B"])
     assert recipe.text.calibration is None and recipe.name == "folder-1.5b"
+
+
+def test_mixed_precision_aims_at_the_gate_unless_the_recipe_says_otherwise():
+    assert load_recipe(None, ["gates.onnx_static_int8.top1=0.97"]).onnx_int8.least_top1 == 0.97
+    assert load_recipe(None, ["onnx_int8.least_top1=0.9"]).onnx_int8.least_top1 == 0.9
+
+
+def test_only_stages_on_the_way_to_a_wanted_artifact_run():
+    names = [stage.name for stage in needed(STAGES, ["onnx_weight_only_int4"])]
+    assert "onnx" in names and "onnx_weight_only_int4" in names and "tokenizer" in names
+    assert not {"onnx_int8", "tflite", "tflite_full_int8"} & set(names)
+    assert [stage.name for stage in STAGES if stage.name in names] == names
+
+
+@pytest.mark.parametrize("given", ['["onnx_fp16"]', '["onnx_fp32", "onnx_fp32"]', "[]"])
+def test_artifacts_are_known_and_named_once(given):
+    with pytest.raises(UserError, match="artifacts"):
+        load_recipe(None, [f"artifacts={given}"])
 
 
 def test_all_faults_at_once(tmp_path):

@@ -16,9 +16,10 @@ from conftest import tiny_model
 from models.checkpoint import load_model, save_model
 from models.errors import GateError, UserError
 from models.families import SUPPORTED_FAMILIES, linear_layers
-from pipeline import distil, recover
-from pipeline.prune import zero_smallest
-from pipeline.settings import RecoverSettings
+from pipeline import distil, hidden_states, recover, team
+from pipeline.settings import PruneSettings, RecoverSettings
+from pipeline.sparsify import sparsify
+from pipeline.structure import keep_layers
 
 SETTINGS = RecoverSettings(steps=24, batch_windows=4, window_tokens=32, learning_rate=2e-3)
 
@@ -40,8 +41,9 @@ def pruned(checkpoints, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pruned")
     for family in SUPPORTED_FAMILIES:
         model = load_model(checkpoints[family])
-        zero_smallest(model, 0.5)
+        sparsify(model, torch.zeros(1, 1, dtype=torch.int64), PruneSettings(method="magnitude", sparsity=0.5))
         save_model(model, root / family, tokenizer_from=checkpoints[family])
+        (root / family / "prune.json").write_text('{"removed_layers": []}')
     return {family: root / family for family in SUPPORTED_FAMILIES}
 
 
@@ -183,3 +185,150 @@ def test_windows_that_fit_nothing(window_tokens, said, checkpoints, pruned, tmp_
     (tmp_path / "text.json").write_text('{"bos_token_id": null}')
     with pytest.raises(UserError, match=said):
         make(tmp_path, RecoverSettings(steps=1, window_tokens=window_tokens), checkpoints["llama"], pruned["llama"], tmp_path)
+
+
+def hidden_error(teacher: Path, student: Path, pairs: list[tuple[int, int]], text: Path) -> float:
+    """Mean over layers and tokens of the hidden states' relative squared error, by transformers' own list of hidden states.
+
+    In that list entry ``n + 1`` is what layer ``n`` gave, but the last one has gone through the final norm: it is not asked for.
+    """
+    windows = torch.from_numpy(np.load(text / "validation.npy").astype(np.int64))
+    with torch.no_grad():
+        t, s = (
+            AutoModelForCausalLM.from_pretrained(folder).eval()(windows, output_hidden_states=True).hidden_states
+            for folder in (teacher, student)
+        )
+    return float(np.mean([((s[b + 1] - t[a + 1]).norm(dim=-1) / t[a + 1].norm(dim=-1)).square().mean().item() for a, b in pairs]))
+
+
+@pytest.mark.parametrize("family", ("llama", "qwen3", "gpt2"))
+def test_hidden_states_come_nearer_where_they_count(family, text, checkpoints, tmp_path):
+    """The second of four layers is gone; student's layer 1 belongs to the teacher's layer 2."""
+    model = tiny_model(family, layers=4)
+    save_model(model, tmp_path / "dense", tokenizer_from=checkpoints[family])
+    keep_layers(model, [0, 2, 3])
+    save_model(model, tmp_path / "small", tokenizer_from=checkpoints[family])
+    (tmp_path / "small" / "prune.json").write_text('{"removed_layers": [{"layer": 1, "influence": 0.1}]}')
+    records, errors = {}, {}
+    for weight in (0.0, 3.0):
+        settings = SETTINGS.model_copy(update={"hidden_weight": weight})
+        records[weight] = make(tmp_path / str(weight), settings, tmp_path / "dense", tmp_path / "small", text)
+        errors[weight] = hidden_error(tmp_path / "dense", tmp_path / str(weight), [(0, 0), (2, 1)], text)
+    assert errors[3.0] < 0.9 * errors[0.0]
+    assert records[3.0]["validation_kl"]["kept"] < records[3.0]["validation_kl"]["before"]
+    told = [entry["train_hidden_error"] for entry in records[3.0]["curve"]]
+    assert told[0] is None and told[-1] < told[1] and "train_hidden_error" not in records[0.0]["curve"][1]
+
+
+def test_hidden_loss_is_the_written_formula(checkpoints, pruned, text):
+    teacher, student = load_model(checkpoints["llama"]), load_model(pruned["llama"])
+    course = distil.Course(8, 2, 32, 1e-3, 0, np.load(text / "recovery.npy"), torch.zeros(1, 4, dtype=torch.long), None, 2.0, ((0, 0),))
+    windows = torch.from_numpy(np.load(text / "validation.npy").astype(np.int64))
+    kl, hidden = distil.Distillation(teacher, student, course, team.Team()).losses(windows)
+    assert hidden.item() == pytest.approx(hidden_error(checkpoints["llama"], pruned["llama"], [(0, 0)], text), rel=1e-4)
+    assert kl.item() == pytest.approx(naive_kl(checkpoints["llama"], pruned["llama"], text), rel=1e-4)
+
+
+def test_hidden_sizes_that_differ_are_refused(checkpoints, text, tmp_path):
+    model = tiny_model("llama")
+    model.config.hidden_size = 32
+    with pytest.raises(UserError, match="sizes are 64 and 32; set it to 0"):
+        hidden_states.shared_layers(load_model(checkpoints["llama"]), model, tmp_path)
+
+
+def rising(monkeypatch, at_step: int, rate: float) -> None:
+    """From a step on the learning rate is far too high: nothing is gained any more."""
+    usual = distil.learning_rate_at
+    monkeypatch.setattr(distil, "learning_rate_at", lambda course, step: rate if step >= at_step else usual(course, step))
+
+
+def test_patience_ends_a_run_that_gains_nothing(checkpoints, pruned, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(distil, "DIVERGED_FACTOR", 1e9)  # no divergence here: it just gets worse
+    rising(monkeypatch, 9, 0.05)
+    patient = SETTINGS.model_copy(update={"patience": 2})
+    record = make(tmp_path / "out", patient, checkpoints["llama"], pruned["llama"], text)
+    curve = record["curve"]
+    best = min(curve, key=lambda entry: entry["validation_kl"])
+    assert record["stopped_early"] and not record["diverged"] and record["kept"] == f"step {best['step']}"
+    assert best is curve[-3] and curve[-1]["step"] < 24  # measured every third step, two without a gain
+    assert record["validation_kl"]["kept"] == best["validation_kl"]
+    assert naive_kl(checkpoints["llama"], tmp_path / "out", text) == pytest.approx(best["validation_kl"], rel=1e-4)
+    assert record["tokens_seen"] == curve[-1]["step"] * 4 * 32
+    whole = make(tmp_path / "whole", SETTINGS, checkpoints["llama"], pruned["llama"], text)
+    assert not whole["stopped_early"] and whole["curve"][-1]["step"] == 24 and whole["kept"] == record["kept"]
+
+
+def test_run_that_diverges_late_keeps_its_best_step(checkpoints, pruned, text, tmp_path, monkeypatch):
+    rising(monkeypatch, 13, 30.0)
+    record = make(tmp_path / "out", SETTINGS, checkpoints["llama"], pruned["llama"], text)
+    assert record["diverged"] and record["kept"] == "step 12" and not record["stopped_early"]
+    assert record["curve"][-1]["step"] < 24
+    assert naive_kl(checkpoints["llama"], tmp_path / "out", text) == pytest.approx(record["validation_kl"]["kept"], rel=1e-4)
+    assert record["validation_kl"]["kept"] < record["validation_kl"]["before"]
+
+
+def test_killed_run_remembers_hidden_errors_and_patience(checkpoints, pruned, text, tmp_path, monkeypatch):
+    """Killed between a measurement without a gain and the one that ends the run: patience does not begin anew."""
+    monkeypatch.setattr(distil, "DIVERGED_FACTOR", 1e9)
+    monkeypatch.setattr(distil, "SAVE_SECONDS", 0.0)
+    rising(monkeypatch, 6, 0.05)
+    settings = SETTINGS.model_copy(update={"patience": 2, "hidden_weight": 0.5})
+    arguments = {"checkpoint": checkpoints["llama"], "prune": pruned["llama"], "text": text}
+    whole = make(tmp_path / "whole", settings, checkpoints["llama"], pruned["llama"], text)
+    assert whole["stopped_early"] and whole["curve"][-1]["step"] == 12
+    train_step = distil.Distillation.train_step
+
+    def killed_after_ten(self):
+        if self.progress.step == 10:
+            raise KeyboardInterrupt
+        return train_step(self)
+
+    (tmp_path / "killed").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distil.Distillation, "train_step", killed_after_ten)
+        recover.run(settings, tmp_path / "killed", **arguments)
+    make(tmp_path / "killed", settings, checkpoints["llama"], pruned["llama"], text)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
+
+
+def test_mixed_precision_is_for_gpus_and_keeps_weights_in_fp32(checkpoints, pruned, text, tmp_path, monkeypatch):
+    alone = team.Team()
+    if alone.device.type == "cpu":
+        assert alone.precision() == torch.float32
+    monkeypatch.setattr(team.Team, "precision", lambda self: torch.bfloat16)
+    seen = []
+    kl_per_token = distil.kl_per_token
+    monkeypatch.setattr(
+        distil, "kl_per_token", lambda *given: seen.append(torch.is_autocast_enabled(alone.device.type)) or kl_per_token(*given)
+    )
+    record = make(tmp_path / "out", SETTINGS, checkpoints["llama"], pruned["llama"], text)
+    assert record["precision"] == "bfloat16" and record["validation_kl"]["kept"] < 0.8 * record["validation_kl"]["before"]
+    assert sum(seen) == 24 and len(seen) == 24 + 1 + 9  # every step in mixed precision; damage and nine measurements in full
+    assert record["validation_kl"]["kept"] == pytest.approx(naive_kl(checkpoints["llama"], tmp_path / "out", text), rel=1e-4)
+    assert {parameter.dtype for parameter in load_model(tmp_path / "out").parameters()} == {torch.float32}
+
+
+def test_two_processes_take_the_steps_of_one(checkpoints, pruned, text, tmp_path, monkeypatch):
+    """Two processes on the CPU stand for two GPUs: the same exchange, through accelerate."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = SETTINGS.model_copy(update={"steps": 4, "batch_windows": 3})  # three windows: one process has two of them
+    one = make(tmp_path / "one", settings, checkpoints["llama"], pruned["llama"], text)
+    for module in (team, recover):
+        monkeypatch.setattr(module, "processes", lambda: 2)
+    two = make(tmp_path / "two", settings, checkpoints["llama"], pruned["llama"], text)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert [entry["validation_kl"] for entry in two["curve"]] == pytest.approx([entry["validation_kl"] for entry in one["curve"]], rel=1e-4)
+    assert two["curve"][-1]["train_kl"] == pytest.approx(one["curve"][-1]["train_kl"], rel=1e-4)
+    start, first, second = (load_model(folder) for folder in (pruned["llama"], tmp_path / "one", tmp_path / "two"))
+    for name, parameter in start.named_parameters():
+        moved = float((first.get_parameter(name) - parameter).norm())
+        assert float((first.get_parameter(name) - second.get_parameter(name)).norm()) < 0.02 * moved
+        assert torch.equal(second.get_parameter(name) == 0, parameter == 0)
+
+
+def test_other_process_that_breaks_is_told(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(team, "processes", lambda: 2)
+    with pytest.raises(RuntimeError, match="training process 1 of 2 ended with code 1"), team.team(exit, (1,)):
+        pass

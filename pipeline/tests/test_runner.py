@@ -26,7 +26,7 @@ def road(monkeypatch):
 
 
 def recipe(first: dict | None = None, second: dict | None = None):
-    return SimpleNamespace(first=SampleSettings(**(first or {})), second=SampleSettings(**(second or {})))
+    return SimpleNamespace(artifacts=(), first=SampleSettings(**(first or {})), second=SampleSettings(**(second or {})))
 
 
 def run(work: Path, **settings):
@@ -116,6 +116,20 @@ def test_a_killed_run_takes_its_stage_along_and_the_next_run_is_whole(tmp_path):
     assert not writers(tmp_path), "the stage's process outlived the run that started it"
     assert not list(tmp_path.glob("first/*/stage.json"))
     run(tmp_path)
+
+
+def test_a_disk_that_is_really_full_is_the_users_to_mend(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(UserError, match="no room left on the disk"):
+            run(small, first={"ends": "fills"})
+        assert leftovers(small) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
 
 
 def writers(work: Path) -> list[str]:
