@@ -1,7 +1,7 @@
 """Knowledge distillation (Hinton et al. 2015): the loop that makes a student's next-token distribution like its teacher's.
 
 Every step is a function of its number and the seed alone (data, learning rate), so a run that resumes from a saved step ends
-with the same bytes as one that was never interrupted.
+with the same bytes as one that was never interrupted. Optionally the hidden states after each layer are made alike too.
 """
 
 import json
@@ -11,7 +11,6 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -19,11 +18,13 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from models.checkpoint import load_model
 from models.families import linear_layers
 from models.progress import track
+from pipeline.course import Course, learning_rate_at, training_windows
+from pipeline.hidden_states import layer_outputs, relative_error
+from pipeline.team import Team, team
 
-WARMUP_SHARE = 0.1
-FINAL_RATE_SHARE = 0.02  # of the peak, at the end of the cosine
 CLIP_NORM = 1.0
 EVALUATIONS = 8  # validation measurements spread over the run
 SAVE_SECONDS = 30.0
@@ -32,38 +33,35 @@ DIVERGED_FACTOR, DIVERGED_FLOOR = 2.0, 0.05  # validation KL above factor * max(
 
 
 @dataclass(frozen=True)
-class Course:
-    """What decides a run. ``stream`` int32 ``[n]``; ``validation`` int64 ``[k, window]``; ``bos`` begins each training window."""
+class Models:
+    """Teacher and student, and the folders that other processes load them from."""
 
-    steps: int
-    batch_windows: int
-    window_tokens: int
-    learning_rate: float
-    seed: int
-    stream: np.ndarray
-    validation: torch.Tensor
-    bos: int | None
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    teacher_folder: Path
+    student_folder: Path
 
 
 @dataclass
 class Progress:
-    """How far a run has come: ``curve`` holds step, mean training KL since the last entry and validation KL."""
+    """How far a run has come: ``curve`` holds step, mean training KL and hidden error since the last entry, and validation KL."""
 
     step: int = 0
     best_step: int = 0
     best_kl: float = math.inf
     diverged: bool = False
+    stopped_early: bool = False
     curve: list[dict] = field(default_factory=list)
-    pending: list[float] = field(default_factory=list)  # training KL of the steps since the last entry
+    pending: list[tuple[float, float]] = field(default_factory=list)  # KL and hidden error of the steps since the last entry
 
 
 class Distillation:
     """A teacher, a student in training, the student's best state so far, and the optimiser, saved and restored together."""
 
-    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, course: Course):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.teacher = teacher.to(self.device)
-        self.student = student.to(self.device).requires_grad_(True)
+    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, course: Course, crew: Team):
+        self.crew = crew
+        self.teacher = teacher.to(crew.device)
+        self.student = student.to(crew.device).requires_grad_(True)
         self.course = course
         self.parameters = dict(self.student.named_parameters())
         linears = linear_layers(self.student)
@@ -73,14 +71,22 @@ class Distillation:
         self.progress = Progress()
 
     def train_step(self) -> float:
-        """One optimiser step; returns its training KL in nats per token."""
+        """One optimiser step; notes its KL and hidden error and returns what was minimised. Not finite: no use going on."""
         course, number = self.course, self.progress.step
-        windows = training_windows(course, number).to(self.device)
-        loss_sum = 0.0
-        for part in windows.split(windows_at_once(windows.shape[1], self.student.config.vocab_size)):
-            loss = kl_per_token(self.teacher, self.student, part) * (len(part) / len(windows))
+        windows = training_windows(course, number)
+        mine = self.crew.share(windows)
+        sums = [0.0, 0.0]  # KL, hidden error
+        at_once = windows_at_once(windows.shape[1], self.student.config.vocab_size)
+        for part in mine.split(at_once) if len(mine) else ():
+            kl, hidden = self.losses(part)
+            share = len(part) / len(windows)
+            loss = kl * share
+            sums[0] += loss.item()
+            if hidden is not None:
+                loss = loss + hidden * (course.hidden_weight * share)
+                sums[1] += hidden.item() * share
             loss.backward()
-            loss_sum += loss.item()
+        self.crew.add_up_gradients(list(self.parameters.values()))
         for name, mask in self.masks.items():  # Adam leaves a weight alone whose gradient was never anything but zero
             self.parameters[name].grad.mul_(mask)
         nn.utils.clip_grad_norm_(self.parameters.values(), CLIP_NORM)
@@ -89,14 +95,29 @@ class Distillation:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
-        return loss_sum
+        kl, hidden = (self.crew.add_up(number) for number in sums)
+        self.progress.pending.append((kl, hidden))
+        return kl + course.hidden_weight * hidden
+
+    def losses(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """KL in nats per token and, where it counts, the hidden states' relative squared error, mean over layers."""
+        pairs = self.course.layers if self.course.hidden_weight else ()
+        teachers, students = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        with self.crew.autocast(), layer_outputs(self.teacher, teachers) as wanted, layer_outputs(self.student, students) as given:
+            kl = kl_per_token(self.teacher, self.student, windows)
+            if not pairs:
+                return kl, None
+            return kl, torch.stack([relative_error(wanted[first], given[second]) for first, second in pairs]).mean()
 
     def evaluate(self) -> float:
         """Measure validation KL, note it, and take the student's state when it is the best so far."""
-        progress = self.progress
-        measured = validation_kl(self.teacher, self.student, self.course.validation)
-        train_kl = sum(progress.pending) / len(progress.pending) if progress.pending else math.nan
+        progress, validation = self.progress, self.course.validation
+        measured = self.crew.add_up(kl_sum(self.teacher, self.student, self.crew.share(validation))) / len(validation)
+        steps = len(progress.pending)
+        train_kl, hidden = (sum(column) / steps for column in zip(*progress.pending, strict=True)) if steps else (math.nan, math.nan)
         entry = {"train_kl": train_kl, "validation_kl": measured}
+        if self.course.hidden_weight:
+            entry["train_hidden_error"] = hidden
         numbers = {name: value if math.isfinite(value) else None for name, value in entry.items()}  # JSON knows no NaN
         progress.curve.append({"step": progress.step, **numbers})
         progress.pending.clear()
@@ -105,6 +126,11 @@ class Distillation:
             for name, parameter in self.parameters.items():
                 self.best[name].copy_(parameter.detach())
         return measured
+
+    def out_of_patience(self) -> bool:
+        """Whether the last measurements, as many as patience allows, were all no better than the best before them."""
+        since = [entry for entry in self.progress.curve if entry["step"] > self.progress.best_step]
+        return 0 < self.course.patience <= len(since)
 
     def save(self, file: Path) -> None:
         """Write everything that `restore` needs; the file is replaced whole or not at all."""
@@ -122,7 +148,7 @@ class Distillation:
     @torch.no_grad()
     def restore(self, file: Path) -> None:
         """Go back to what `save` wrote."""
-        with safe_open(file, framework="pt", device=str(self.device)) as saved:
+        with safe_open(file, framework="pt", device=str(self.crew.device)) as saved:
             self.progress = Progress(**json.loads(saved.metadata()["progress"]))
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved.get_tensor(f"student.{name}"))
@@ -131,9 +157,25 @@ class Distillation:
                 self.optimizer.state[parameter] = {key: saved.get_tensor(f"{key}.{name}") for key in keys}
 
 
-def distil(teacher: PreTrainedModel, student: PreTrainedModel, course: Course, resume_file: Path) -> Progress:
-    """Train ``student`` in place and leave its best state in it. Resumes from ``resume_file`` and keeps it up to date."""
-    distillation = Distillation(teacher, student, course)
+def distil(models: Models, course: Course, resume_file: Path) -> Progress:
+    """Train ``models.student`` in place and leave its best state in it. Resumes from ``resume_file`` and keeps it up to date."""
+    with team(train_beside, (models.teacher_folder, models.student_folder, course, resume_file)) as crew:
+        distillation = train(models.teacher, models.student, course, resume_file, crew)
+    with torch.no_grad():
+        for name, parameter in distillation.parameters.items():
+            parameter.copy_(distillation.best[name])
+    models.student.requires_grad_(False).cpu()
+    return distillation.progress
+
+
+def train_beside(teacher_folder: Path, student_folder: Path, course: Course, resume_file: Path, crew: Team) -> None:
+    """What every process but the first does: the same steps on models of its own."""
+    train(load_model(teacher_folder), load_model(student_folder), course, resume_file, crew)
+
+
+def train(teacher: PreTrainedModel, student: PreTrainedModel, course: Course, resume_file: Path, crew: Team) -> Distillation:
+    """The steps of one process of the team, to the end, to divergence or out of patience; the first one saves and draws."""
+    distillation = Distillation(teacher, student, course, crew)
     if resume_file.is_file():
         distillation.restore(resume_file)
     else:
@@ -142,21 +184,20 @@ def distil(teacher: PreTrainedModel, student: PreTrainedModel, course: Course, r
     limit = DIVERGED_FACTOR * max(progress.curve[0]["validation_kl"], DIVERGED_FLOOR)
     evaluated_at = {round(course.steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
     saved = time.monotonic()
-    for _ in track(range(progress.step, course.steps), "recovering"):
-        train_kl = distillation.train_step()
-        progress.pending.append(train_kl)
+    steps = range(progress.step, course.steps)
+    for _ in track(steps, "recovering") if crew.rank == 0 else steps:
+        loss = distillation.train_step()
         measured = distillation.evaluate() if progress.step in evaluated_at else 0.0
-        if not (math.isfinite(train_kl) and measured <= limit):
+        if not (math.isfinite(loss) and measured <= limit):
             progress.diverged = True
             break
-        if time.monotonic() - saved > SAVE_SECONDS:
+        if progress.step in evaluated_at and progress.step < course.steps and distillation.out_of_patience():
+            progress.stopped_early = True
+            break
+        if crew.rank == 0 and time.monotonic() - saved > SAVE_SECONDS:
             distillation.save(resume_file)
             saved = time.monotonic()
-    with torch.no_grad():
-        for name, parameter in distillation.parameters.items():
-            parameter.copy_(distillation.best[name])
-    student.requires_grad_(False).cpu()
-    return progress
+    return distillation
 
 
 def kl_per_token(teacher: PreTrainedModel, student: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
@@ -167,33 +208,19 @@ def kl_per_token(teacher: PreTrainedModel, student: PreTrainedModel, windows: to
     return functional.kl_div(given, wanted, reduction="sum", log_target=True) / windows.numel()
 
 
-@torch.no_grad()
 def validation_kl(teacher: PreTrainedModel, student: PreTrainedModel, windows: torch.Tensor) -> float:
     """Mean KL(teacher || student) over validation windows int64 ``[k, seq]``, nats per token."""
+    return kl_sum(teacher, student, windows) / len(windows)
+
+
+@torch.no_grad()
+def kl_sum(teacher: PreTrainedModel, student: PreTrainedModel, windows: torch.Tensor) -> float:
+    """Sum over windows int64 ``[k, seq]`` of each one's mean KL(teacher || student), in full precision."""
     at_once = windows_at_once(windows.shape[1], student.config.vocab_size)
-    parts = windows.to(student.device).split(at_once)
-    return sum(kl_per_token(teacher, student, part).item() * len(part) for part in parts) / len(windows)
+    parts = windows.to(student.device).split(at_once) if len(windows) else ()
+    return sum(kl_per_token(teacher, student, part).item() * len(part) for part in parts)
 
 
 def windows_at_once(window_tokens: int, vocab_size: int) -> int:
     """How many windows fit the limit on logits in memory, at least one."""
     return max(1, LOGITS_AT_ONCE // (window_tokens * vocab_size))
-
-
-def training_windows(course: Course, step: int) -> torch.Tensor:
-    """The windows int64 ``[batch_windows, window_tokens]`` of a step: random offsets in the stream, drawn from seed and step."""
-    body = course.window_tokens - (course.bos is not None)
-    offsets = np.random.default_rng((course.seed, step)).integers(0, len(course.stream) - body + 1, course.batch_windows)
-    windows = course.stream[offsets[:, None] + np.arange(body)].astype(np.int64)
-    if course.bos is not None:
-        windows = np.concatenate([np.full((len(windows), 1), course.bos), windows], axis=1)
-    return torch.from_numpy(windows)
-
-
-def learning_rate_at(course: Course, step: int) -> float:
-    """Linear warm-up, then a cosine down to a small share of the peak."""
-    warmup = max(1, round(WARMUP_SHARE * course.steps))
-    if step < warmup:
-        return course.learning_rate * (step + 1) / warmup
-    passed = (step - warmup) / max(1, course.steps - warmup)
-    return course.learning_rate * (FINAL_RATE_SHARE + (1 - FINAL_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * passed)))

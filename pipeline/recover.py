@@ -1,12 +1,14 @@
 """The stage that heals what pruning did, by distillation from the dense model.
 
 Weights that pruning set to zero stay exactly zero; the learning rate follows the damage; by KL on validation windows the best of
-before and after is kept, so this stage never makes a model worse there.
+before and after is kept, so this stage never makes a model worse there. It stops by itself when it diverges or, with
+``patience``, when the validation windows gain no more: they are neither trained on nor part of the evaluation.
 """
 
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,11 @@ from models.checkpoint import load_model, save_model
 from models.errors import GateError, UserError
 from models.families import linear_layers
 from models.provenance import library_versions, settings_record, write_json
-from pipeline.distil import Course, Progress, distil, validation_kl
+from pipeline.course import Course
+from pipeline.distil import Models, Progress, distil, validation_kl
+from pipeline.hidden_states import shared_layers
 from pipeline.settings import RecoverSettings
+from pipeline.team import Team, processes
 
 NOTHING_LOST_KL = 1e-6  # nats per token: fp32 rounding between two equal models
 # Damage (validation KL, nats per token) and a peak learning rate that heals it, at hidden size 256. In the middle the best of
@@ -30,6 +35,7 @@ TUNED_HIDDEN_SIZE = 256
 def run(settings: RecoverSettings, out: Path, checkpoint: Path, prune: Path, text: Path) -> None:
     """Distil from ``checkpoint`` into the model of ``prune``; write the kept model and recover.json into ``out``."""
     teacher, student = load_model(checkpoint), load_model(prune)
+    layers = shared_layers(teacher, student, prune) if settings.hidden_weight and settings.steps else ()
     validation = torch.from_numpy(np.load(text / "validation.npy").astype(np.int64))
     damage = validation_kl(teacher, student, validation)
     if not math.isfinite(damage):
@@ -42,8 +48,8 @@ def run(settings: RecoverSettings, out: Path, checkpoint: Path, prune: Path, tex
         why_not = "the pruned model is the dense model"
     else:
         rate = settings.learning_rate or learning_rate_for(damage, student.config.hidden_size)
-        course = course_of(settings, student, rate, validation, text)
-        progress = distil(teacher, student, course, out / ".resume" / "distillation.safetensors")
+        course = replace(course_of(settings, student, rate, validation, text), layers=layers)
+        progress = distil(Models(teacher, student, checkpoint, prune), course, out / ".resume" / "distillation.safetensors")
         check_zeros(student, zeros)
     save_model(student, out, tokenizer_from=prune)
     record = {
@@ -51,7 +57,10 @@ def run(settings: RecoverSettings, out: Path, checkpoint: Path, prune: Path, tex
         "kept": f"step {progress.best_step}" if progress and progress.best_step else "before",
         "not_trained_because": why_not,
         "diverged": bool(progress and progress.diverged),
+        "stopped_early": bool(progress and progress.stopped_early),
         "learning_rate": rate,
+        "precision": str(Team().precision()).removeprefix("torch."),
+        "processes": processes(),
         "tokens_seen": (progress.step if progress else 0) * settings.batch_windows * settings.window_tokens,
         "sparsity": sum(int(mask.sum()) for mask in zeros.values()) / sum(mask.numel() for mask in zeros.values()),
         "curve": progress.curve if progress else [],
@@ -80,6 +89,8 @@ def course_of(settings: RecoverSettings, student: PreTrainedModel, rate: float, 
         seed=settings.seed,
         stream=stream,
         validation=validation,
+        hidden_weight=settings.hidden_weight,
+        patience=settings.patience,
         bos=json.loads((text / "text.json").read_text(encoding="utf-8"))["bos_token_id"],
     )
 

@@ -3,6 +3,7 @@
 Input channel j of a group of linear layers is divided by ``s_j = max|X_j|^alpha / max|W_j|^(1-alpha)`` and the columns of their
 weights are multiplied by it. The division is folded into what produces the channel: the norm before q, k, v and before the FFN,
 the rows of ``up`` before ``down``, the rows of ``v`` before ``o``. The model's function does not change, and that is checked.
+Alpha is given, or searched for each fold: see `pipeline.smooth_search`.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from models.provenance import library_versions, settings_record, write_json
 from models.text import calibration_windows
 from pipeline.importance import feed, watch_inputs
 from pipeline.settings import SmoothSettings
+from pipeline.smooth_search import GRID, Activations, int8_error, sample_activations
 
 TOLERANCE = 1e-4  # largest change of a logit, as a share of the largest logit: fp32 rounding, not a changed function
 CHECKED_WINDOWS = 4  # windows whose logits are held in memory for the comparison
@@ -63,17 +65,35 @@ def run(settings: SmoothSettings, out: Path, recover: Path, text: Path) -> None:
 
 
 @torch.no_grad()
-def smooth(model: PreTrainedModel, windows: torch.Tensor, alpha: float) -> list[dict]:
-    """Fold in place; per fold its name and the outlier ratio (largest over median channel maximum) before and after."""
+def smooth(model: PreTrainedModel, windows: torch.Tensor, alpha: float | str) -> list[dict]:
+    """Fold in place, in order; ``alpha`` is a number or ``search``.
+
+    Per fold its name, alpha, and the outlier ratio (largest over median channel maximum) before and after; after a search also
+    the int8 error of each alpha that was tried.
+    """
     folds = folds_of(model)
-    maxima = channel_maxima(model, folds, windows)
+    # The inputs of a fold's consumers change with that fold alone, so one look at all of them before the first is enough.
+    if alpha == "search":
+        seen = sample_activations(model, [fold.consumers[0].module for fold in folds], windows)
+        maxima = [activations.largest for activations in seen]
+    else:
+        maxima = channel_maxima(model, folds, windows)
     report = []
-    for fold, maximum in zip(folds, maxima, strict=True):
-        scale = scales(fold, maximum, alpha)
+    for index, (fold, maximum) in enumerate(zip(folds, maxima, strict=True)):
+        errors = int8_errors(fold, seen[index]) if alpha == "search" else {}
+        chosen = min(errors, key=errors.__getitem__) if errors else alpha
+        scale = scales(fold, maximum, chosen)
         apply(fold, scale)
         before, after = outlier_ratio(maximum), outlier_ratio(maximum / scale)
-        report.append({"fold": fold.name, "outliers_before": before, "outliers_after": after})
+        entry = {"fold": fold.name, "alpha": chosen, "outliers_before": before, "outliers_after": after}
+        report.append({**entry, "int8_errors": errors} if errors else entry)
     return report
+
+
+def int8_errors(fold: Fold, activations: Activations) -> dict[float, float]:
+    """The consumers' relative squared int8 error by alpha of the grid."""
+    weights = [consumer.weight for consumer in fold.consumers]
+    return {alpha: int8_error(activations, weights, scales(fold, activations.largest, alpha)) for alpha in GRID}
 
 
 def folds_of(model: PreTrainedModel) -> list[Fold]:

@@ -1,5 +1,6 @@
 """SmoothQuant: the function stays, the outliers go, and the scales are the paper's formula written out channel by channel."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from models.checkpoint import load_model
 from models.errors import GateError, UserError
 from models.families import SUPPORTED_FAMILIES, layer_parts, linear_layers
 from models.settings import TextSettings
-from pipeline import smooth
+from pipeline import smooth, smooth_search
 from pipeline.settings import SmoothSettings
 
 ROTARY_FAMILIES = ("llama", "qwen2", "qwen3")
@@ -168,3 +169,110 @@ def test_too_few_windows(checkpoints, text, tmp_path):
     with pytest.raises(UserError, match="set smooth.windows=6"):
         smooth.run(SmoothSettings(windows=7), tmp_path, recover=checkpoints["llama"], text=text)
     assert SmoothSettings().windows <= TextSettings().calibration_windows
+
+
+def naive_int8_error(x: np.ndarray, weight: np.ndarray, lowest: float, highest: float) -> float:
+    """Relative squared error of ``x @ weight.T`` with whole numbers of eight bits, written out; float64."""
+    lowest, highest = min(lowest, 0.0), max(highest, 0.0)
+    step = (highest - lowest) / 255
+    zero = np.round(-lowest / step)
+    bytes_x = np.clip(np.round(x / step) + zero, 0, 255)
+    row_steps = np.abs(weight).max(1) / 127
+    bytes_w = np.round(weight / row_steps[:, None])
+    found = ((bytes_x - zero) @ bytes_w.T) * step * row_steps
+    exact = x @ weight.T
+    return float(((found - exact) ** 2).sum() / (exact**2).sum())
+
+
+def inputs_of_consumers(model) -> list[np.ndarray]:
+    """Per fold of the model what its consumers read on all windows, float64 ``[tokens, channels]``."""
+    folds, seen = smooth.folds_of(model), {}
+    handles = [
+        fold.consumers[0].module.register_forward_pre_hook(lambda module, inputs, name=fold.name: seen.__setitem__(name, inputs[0]))
+        for fold in folds
+    ]
+    logits(model)
+    for handle in handles:
+        handle.remove()
+    return [seen[fold.name].flatten(0, 1).double().numpy() for fold in folds]
+
+
+def mean_errors(model) -> list[float]:
+    """Per fold of a finished model the mean int8 error of its consumers, on every token."""
+    return [
+        float(np.mean([naive_int8_error(x, consumer.weight.double().numpy(), x.min(), x.max()) for consumer in fold.consumers]))
+        for fold, x in zip(smooth.folds_of(model), inputs_of_consumers(model), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_searched_alpha_is_the_best_of_a_naive_loop(family):
+    """The naive loop tries every alpha on a copy of the whole model, fold after fold, and measures the copy from outside."""
+    assert WINDOWS.numel() <= smooth_search.SAMPLED_ROWS  # all tokens are in the sample
+    model = with_outliers(family, 1, 25.0)
+    searched = smooth.smooth(with_outliers(family, 1, 25.0), WINDOWS, "search")
+    maxima = smooth.channel_maxima(model, smooth.folds_of(model), WINDOWS)
+    for index, entry in enumerate(searched):
+        naive, tried = {}, {}
+        for alpha in smooth_search.GRID:
+            tried[alpha] = copy.deepcopy(model)
+            fold = smooth.folds_of(tried[alpha])[index]
+            smooth.apply(fold, smooth.scales(fold, maxima[index], alpha))
+            naive[alpha] = mean_errors(tried[alpha])[index]
+        assert entry["int8_errors"] == pytest.approx(naive, rel=0.02), entry["fold"]
+        assert naive[entry["alpha"]] <= min(naive.values()) * 1.01
+        model = tried[entry["alpha"]]
+    assert len({entry["alpha"] for entry in searched}) > 1  # one alpha does not suit all
+
+
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_search_is_no_worse_than_the_fixed_alpha_with_outliers_injected(family, monkeypatch):
+    """Channels x40 whose weights are divided by 40: the function is the old one. Less than half of the tokens are in the sample."""
+    monkeypatch.setattr(smooth_search, "SAMPLED_ROWS", 64)
+
+    def injected():
+        model = tiny_model(family).requires_grad_(False)
+        for parts in layer_parts(model):
+            for norm, consumers in ((parts.attention_norm, (parts.q, parts.k, parts.v)), (parts.ffn_norm, parts.ffn_inputs)):
+                norm.weight[3:7] *= 40
+                if getattr(norm, "bias", None) is not None:
+                    norm.bias[3:7] *= 40
+                for consumer in consumers:
+                    consumer.weight[:, 3:7] /= 40
+        return model
+
+    plain, fixed, searched = injected(), injected(), injected()
+    before = logits(plain)
+    assert float((before - logits(tiny_model(family))).abs().max()) <= 1e-4 * float(before.abs().max())
+    smooth.smooth(fixed, WINDOWS, 0.5)
+    smooth.smooth(searched, WINDOWS, "search")
+    errors = {name: mean_errors(model) for name, model in (("plain", plain), ("fixed", fixed), ("searched", searched))}
+    assert sum(errors["searched"]) <= sum(errors["fixed"]) < sum(errors["plain"])
+    assert float((logits(searched) - before).abs().max()) <= smooth.TOLERANCE * float(before.abs().max())
+
+
+def test_sample_is_of_the_asked_size_and_its_ranges_are_of_all_tokens(monkeypatch):
+    monkeypatch.setattr(smooth_search, "SAMPLED_ROWS", 10)
+    model = with_outliers("llama", 0, 10.0)
+    folds, everything = smooth.folds_of(model), inputs_of_consumers(model)
+    sampled = smooth_search.sample_activations(model, [fold.consumers[0].module for fold in folds], WINDOWS)
+    for sample, whole in zip(sampled, everything, strict=True):
+        assert sample.rows.shape == (10, whole.shape[1])
+        assert all(np.isclose(whole, row, rtol=1e-3, atol=1e-4).all(1).any() for row in sample.rows.numpy())
+        assert np.allclose(sample.low, whole.min(0), atol=1e-4) and np.allclose(sample.high, whole.max(0), atol=1e-4)
+        assert len(np.unique(sample.rows.numpy(), axis=0)) == 10
+    channels = sum(whole.shape[1] for whole in everything)
+    monkeypatch.setattr(smooth_search, "SAMPLE_BYTES", 4 * channels * 7)  # a large model: seven rows fit
+    sampled = smooth_search.sample_activations(model, [fold.consumers[0].module for fold in folds], WINDOWS)
+    assert {len(sample.rows) for sample in sampled} == {7}
+
+
+def test_stage_tells_the_alpha_of_each_fold(checkpoints, text, tmp_path):
+    for name, alpha in (("fixed", 0.6), ("searched", "search")):
+        (tmp_path / name).mkdir()
+        smooth.run(SmoothSettings(windows=6, alpha=alpha), tmp_path / name, recover=checkpoints["llama"], text=text)
+    fixed, searched = (json.loads((tmp_path / name / "smooth.json").read_text())["folds"] for name in ("fixed", "searched"))
+    assert {entry["alpha"] for entry in fixed} == {0.6} and "int8_errors" not in fixed[0]
+    for entry in searched:
+        assert entry["alpha"] == float(min(entry["int8_errors"], key=entry["int8_errors"].get))
+    assert SmoothSettings().alpha == 0.5
