@@ -1,14 +1,38 @@
-"""Making a decoder really smaller: fewer layers, narrower FFNs, fewer KV heads, in the module and in its config alike.
+"""Making a decoder really smaller: fewer layers, narrower FFNs, fewer KV heads, a narrower residual stream, in the module and in
+its config alike.
 
 What is kept is given as sorted indices; how they are chosen stands in `pipeline.importance`.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from models.families import decoder_layers, layer_parts
+from models.families import decoder_layers, layer_parts, weight_view
+
+
+@dataclass(frozen=True)
+class ResidualNorm:
+    """A norm that reads the residual stream, and the linear layers that read the norm."""
+
+    norm: nn.Module
+    consumers: tuple[nn.Module, ...]
+
+    def column_energy(self) -> torch.Tensor:
+        """Float64 ``[hidden]``: squared norm of the column of each channel over all that read it."""
+        return sum(weight_view(consumer).double().square().sum(0) for consumer in self.consumers)
+
+
+def residual_norms(model: PreTrainedModel) -> list[ResidualNorm]:
+    """The norms on the residual stream of a rotary decoder in the order of the forward pass, the last one read by the head."""
+    found = []
+    for parts in layer_parts(model):
+        found.append(ResidualNorm(parts.attention_norm, (parts.q.module, parts.k.module, parts.v.module)))
+        found.append(ResidualNorm(parts.ffn_norm, tuple(projection.module for projection in parts.ffn_inputs)))
+    return [*found, ResidualNorm(model.base_model.norm, (model.get_output_embeddings(),))]
 
 
 def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
@@ -57,6 +81,30 @@ def keep_kv_heads(model: PreTrainedModel, kept: list[torch.Tensor]) -> None:
     config.head_dim = head_dim
     config.num_key_value_heads = len(kept[0])
     config.num_attention_heads = len(kept[0]) * queries
+
+
+def keep_hidden_channels(model: PreTrainedModel, kept: torch.Tensor) -> None:
+    """Keep the channels of the residual stream at ``kept``, int64 ``[hidden]``, in the whole model; heads and their size stay.
+
+    RMSNorm divides by the root mean square of what is kept from then on. Not for GPT-2: its config makes the head size of the hidden size.
+    """
+    config, embedding, head = model.config, model.get_input_embeddings(), model.get_output_embeddings()
+    head_dim = layer_parts(model)[0].attention.head_dim
+    tied = head.weight is embedding.weight
+    for place in residual_norms(model):
+        place.norm.weight = nn.Parameter(place.norm.weight[kept].clone(), requires_grad=place.norm.weight.requires_grad)
+        for consumer in place.consumers:
+            keep_inputs(consumer, kept)
+    for parts in layer_parts(model):
+        keep_outputs(parts.o.module, kept)
+        keep_outputs(parts.down.module, kept)
+    if tied:
+        embedding.weight = head.weight
+    else:
+        embedding.weight = nn.Parameter(embedding.weight[:, kept].contiguous(), requires_grad=embedding.weight.requires_grad)
+    embedding.embedding_dim = len(kept)
+    config.head_dim = head_dim
+    config.hidden_size = len(kept)
 
 
 def keep_outputs(module: nn.Module, index: torch.Tensor) -> None:

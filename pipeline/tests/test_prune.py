@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from conftest import tiny_model, write_checkpoint
@@ -169,30 +167,6 @@ def test_same_inputs_same_bytes(checkpoints, text, tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-@settings(max_examples=25, deadline=None)
-@given(sparsity=st.floats(0, 0.99), seed=st.integers(0, 5), family=st.sampled_from(["llama", "gpt2"]))
-def test_magnitude_zeroes_the_smallest_and_nothing_else(sparsity, seed, family):
-    model, dense = tiny_model(family, seed=seed), tiny_model(family, seed=seed)
-    prune.zero_smallest(model, sparsity)
-    for name, module in linear_layers(model).items():
-        before, after = dense.get_submodule(name).weight, module.weight
-        zeroed = after == 0
-        assert int(zeroed.sum()) == round(sparsity * after.numel())
-        assert torch.equal(after[~zeroed], before[~zeroed])
-        if zeroed.any() and not zeroed.all():
-            assert before[zeroed].abs().max() <= before[~zeroed].abs().min()
-    assert torch.equal(model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
-
-
-def test_magnitude_counts_exactly_where_magnitudes_are_equal():
-    model = tiny_model("llama")
-    for module in linear_layers(model).values():
-        module.weight.data.fill_(0.5)
-    prune.zero_smallest(model, 0.3)
-    for module in linear_layers(model).values():
-        assert int((module.weight == 0).sum()) == round(0.3 * module.weight.numel())
-
-
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +237,7 @@ def test_ffn_units_that_add_nothing_go_first(pruned, tmp_path):
         ("llama", {"sparsity": 0.5}, "set prune.method=magnitude"),
         ("llama", {"layers": 2}, "leaves none of 2 layers"),
         ("llama", {"layers": 7}, "leaves none of 2 layers"),
-        ("llama", {"ffn": 0.98}, "leaves nothing of an FFN"),
+        ("llama", {"ffn": 0.98}, "leaves nothing of a width of 128"),
         ("llama", {"ffn": 0.01}, "removes nothing"),
         ("llama", {"kv_groups": 0.9}, "possible shares here: 0.500"),
         ("llama", {"kv_groups": 0.1}, "possible shares here: 0.500"),
