@@ -2,7 +2,7 @@
 
 The embedding is no MatMul: its rows are picked as int8 and multiplied by their own scales, so that no DequantizeLinear runs
 over the table at every step. A table that is embedding and head at once is stored once: the head's scales per output channel
-are the embedding's scales per row.
+are the embedding's scales per row, and one scale of the head's whole matrix is that of the whole table.
 
 An activation with rare large values (the product inside a gated FFN is one) leaves its ordinary values a handful of the 256
 steps. It is quantised in two steps: the value, and what rounding left of it, whose range is known to be half a step each way.
@@ -30,12 +30,17 @@ DEQUANTISED = "_DequantizeLinear_Output"  # how the QDQ writer calls what comes 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is done to the graph. ``two_step`` and ``exclude`` name linear layers; ``reduce_range``: 7-bit weights."""
+    """What is done to the graph. ``two_step`` and ``exclude`` name linear layers; ``reduce_range``: 7-bit weights.
+
+    ``per_channel``: a weight scale per output channel, else one per matrix (and per embedding that is tied to the head).
+    """
 
     ranges: dict[str, Range]
     two_step: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     reduce_range: bool = False
+    per_channel: bool = True
+    embedding: bool = True
 
 
 def linear_layers(model: onnx.ModelProto) -> dict[str, str]:
@@ -45,19 +50,19 @@ def linear_layers(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def quantise(model: onnx.ModelProto, scheme: Scheme) -> onnx.ModelProto:
-    """The int8 graph: every linear layer but those in ``scheme.exclude``, and the embedding."""
+    """The int8 graph: every linear layer but those in ``scheme.exclude``, and the embedding where ``scheme.embedding``."""
     two_step_inputs = {value for name, value in linear_layers(model).items() if name in scheme.two_step}
     ends = {name: represented(found, name in two_step_inputs) for name, found in scheme.ranges.items()}
     data = TensorsData(CalibrationMethod.MinMax, ends)
     quantizer = QDQQuantizer(
         model,
-        per_channel=True,
+        per_channel=scheme.per_channel,
         reduce_range=scheme.reduce_range,
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QUInt8,
         tensors_range=data,
         nodes_to_quantize=[name for name in linear_layers(model) if name not in scheme.exclude],
-        nodes_to_exclude=[],
+        nodes_to_exclude=list(scheme.exclude),  # said twice: an empty list of nodes to quantise means all of them
         op_types_to_quantize=["MatMul"],
         # Products stay float: they feed norms, attention and the caller, where another rounding costs and saves nothing.
         extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
@@ -66,7 +71,8 @@ def quantise(model: onnx.ModelProto, scheme: Scheme) -> onnx.ModelProto:
     quantised = quantizer.model.model
     for name in scheme.two_step:
         add_remainder(quantised.graph, name)
-    quantise_embeddings(quantised.graph, INT7_MAX if scheme.reduce_range else INT8_MAX)
+    if scheme.embedding:
+        quantise_embeddings(quantised.graph, INT7_MAX if scheme.reduce_range else INT8_MAX)
     drop_unused_initializers(quantised.graph)
     return quantised
 
@@ -110,13 +116,13 @@ def quantise_embeddings(graph: onnx.GraphProto, largest: int) -> None:
     for node in [node for node in graph.node if is_token_gather(node, producers)]:
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
         source = producers.get(node.input[0])
+        names = f"{node.input[0]}_quantized", f"{node.input[0]}_scale"
         if source is not None and source.op_type == "DequantizeLinear":  # the head's matrix: per column, so per token already
             names = source.input[0], source.input[1]
-        elif node.input[0] in constants:
-            names = f"{node.input[0]}_quantized", f"{node.input[0]}_scale"
+        elif node.input[0] in constants and names[0] not in constants:  # else it is the head's matrix, with no pair before it
             table = numpy_helper.to_array(constants[node.input[0]])
             graph.initializer.extend(_quantised_table(table, axis, largest, names))
-        else:
+        elif names[0] not in constants:
             continue
         _replace_gather(graph, node, names, axis)
 
@@ -126,6 +132,14 @@ def drop_unused_initializers(graph: onnx.GraphProto) -> None:
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def bits_per_weight(graph: onnx.GraphProto) -> float:
+    """All bytes of the int8 matrices and tables, with their scales and zero points, over their numbers."""
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    stems = [name.removesuffix("_quantized") for name in tensors if name.endswith("_quantized")]
+    parts = [f"{stem}{part}" for stem in stems for part in ("_quantized", "_scale", "_zero_point")]
+    return 8 * sum(tensors[name].nbytes for name in parts if name in tensors) / sum(tensors[f"{stem}_quantized"].size for stem in stems)
 
 
 def _quantised_table(table: np.ndarray, axis: int, largest: int, names: tuple[str, str]) -> list[TensorProto]:
@@ -148,12 +162,15 @@ def _replace_gather(graph: onnx.GraphProto, gather: NodeProto, names: tuple[str,
         nodes.append(helper.make_node("Transpose", [picked], [f"{picked}.turned"], f"{stem}_int8_turned", perm=[1, 2, 0]))
         picked, output = f"{picked}.turned", follower.output[0]
         graph.node.remove(follower)
-    nodes += [
-        helper.make_node("Cast", [picked], [f"{stem}.float"], f"{stem}_float", to=TensorProto.FLOAT),
-        helper.make_node("Gather", [names[1], index], [f"{stem}.scale"], f"{stem}_scale", axis=0),
-        helper.make_node("Unsqueeze", [f"{stem}.scale", f"{stem}.last_axis"], [f"{stem}.scale_last"], f"{stem}_scale_last"),
-        helper.make_node("Mul", [f"{stem}.float", f"{stem}.scale_last"], [output], f"{stem}_dequantised"),
-    ]
-    graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), f"{stem}.last_axis"))
+    nodes.append(helper.make_node("Cast", [picked], [f"{stem}.float"], f"{stem}_float", to=TensorProto.FLOAT))
+    scale = names[1]
+    if next(np.prod(tensor.dims) for tensor in graph.initializer if tensor.name == scale) > 1:  # one for each token
+        scale = f"{stem}.scale_last"
+        nodes += [
+            helper.make_node("Gather", [names[1], index], [f"{stem}.scale"], f"{stem}_scale", axis=0),
+            helper.make_node("Unsqueeze", [f"{stem}.scale", f"{stem}.last_axis"], [scale], f"{stem}_scale_last"),
+        ]
+        graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), f"{stem}.last_axis"))
+    nodes.append(helper.make_node("Mul", [f"{stem}.float", scale], [output], f"{stem}_dequantised"))
     for offset, node in enumerate(nodes):
         graph.node.insert(position + offset, node)

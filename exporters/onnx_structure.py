@@ -15,7 +15,8 @@ from onnx import TensorProto
 from exporters.onnx_session import WARNINGS_OFF
 from models.errors import GateError
 
-INT8_LINEAR = ("MatMulIntegerToFloat", "QLinearMatMul", "DynamicQuantizeMatMul", "QGemm")
+INT8_LINEAR = ("MatMulIntegerToFloat", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulInteger", "QGemm")
+BLOCK_LINEAR = ("MatMulNBits",)
 FLOAT_LINEAR = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 INDEX_STEPS = ("Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten")
@@ -26,6 +27,7 @@ class Structure:
     """Node names per kind, on the optimised graph."""
 
     int8_linear: tuple[str, ...]
+    block_linear: tuple[str, ...]  # products with a matrix in blocks of few bits
     float_linear: tuple[str, ...]  # float products with a constant matrix
     dequantised_weights: tuple[str, ...]  # weights turned to float at every step
     float_embeddings: tuple[str, ...]  # tables in float that token ids look up
@@ -50,6 +52,7 @@ def structure_of(path: Path) -> Structure:
     matrices = float_weights | dequantised.keys()
     return Structure(
         int8_linear=_names(node for node in graph.node if node.op_type in INT8_LINEAR and weights & set(node.input)),
+        block_linear=_names(node for node in graph.node if node.op_type in BLOCK_LINEAR and weights & set(node.input)),
         float_linear=_names(node for node in graph.node if node.op_type in FLOAT_LINEAR and matrices & set(node.input)),
         dequantised_weights=tuple(node.input[0] for node in dequantised.values()),
         float_embeddings=tuple(node.input[0] for node in float_gathers if is_token_gather(node, producers)),
@@ -59,6 +62,18 @@ def structure_of(path: Path) -> Structure:
 
 def require_int8(structure: Structure, linear_layers: int, artifact: str) -> None:
     """GateError, naming the node, unless every linear layer and the embedding run as int8."""
+    require_no_float(structure, artifact)
+    _require_count(structure.int8_linear, linear_layers, "int8", artifact)
+
+
+def require_blocks(structure: Structure, linear_layers: int, artifact: str) -> None:
+    """GateError, naming the node, unless every linear layer runs from blocks of few bits, and no embedding is float."""
+    require_no_float(structure, artifact)
+    _require_count(structure.block_linear, linear_layers, "weight-only", artifact)
+
+
+def require_no_float(structure: Structure, artifact: str) -> None:
+    """GateError, naming the node, for a matrix or an embedding that is float, or becomes float at every step."""
     faults = [
         (structure.float_linear, "float products with a constant matrix"),
         (structure.dequantised_weights, "weights dequantised at every step"),
@@ -67,9 +82,12 @@ def require_int8(structure: Structure, linear_layers: int, artifact: str) -> Non
     for names, fault in faults:
         if names:
             raise GateError(f"{artifact}: {len(names)} {fault}, limit 0, after ONNX Runtime's optimisation; first: {names[0]}")
-    if len(structure.int8_linear) != linear_layers:
-        found = f"{len(structure.int8_linear)} int8 linear layers, expected {linear_layers}"
-        raise GateError(f"{artifact}: {found}, after ONNX Runtime's optimisation; found: {', '.join(structure.int8_linear)}")
+
+
+def _require_count(names: tuple[str, ...], expected: int, kind: str, artifact: str) -> None:
+    if len(names) != expected:
+        found = f"{len(names)} {kind} linear layers, expected {expected}"
+        raise GateError(f"{artifact}: {found}, after ONNX Runtime's optimisation; found: {', '.join(names)}")
 
 
 def _names(nodes) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from exporters import onnx_export, onnx_int8
 from exporters.artifact import sha256_of
+from exporters.onnx_agreement import compare, require_live
 from exporters.onnx_calibration import (
     BINS,
     Feeds,
@@ -21,6 +22,7 @@ from exporters.onnx_calibration import (
     observing_session,
     percentile_ends,
 )
+from exporters.onnx_files import require_one_file
 from exporters.onnx_qdq import Scheme, linear_layers, quantise
 from exporters.onnx_rounding import compensated_rounding, gram_matrices, groups_of
 from exporters.onnx_session import empty_past, feed, open_session, run_tokens
@@ -59,7 +61,7 @@ def exports(text, tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"{family}-{tied}")
         tiny_model(family, tied=tied).save_pretrained(folder / "model")
         (folder / "out").mkdir()
-        onnx_export.run(OnnxSettings(greedy_tokens=1), folder / "out", smooth=folder / "model", text=text)
+        onnx_export.run(OnnxSettings(greedy_tokens=1), folder / "out", model=folder / "model", text=text)
         made[family, tied] = folder / "out"
     return made
 
@@ -165,7 +167,7 @@ def test_two_steps_are_far_more_exact_and_stay_int8(exports, text, tmp_path):
         wide = {name: type(found)(found.low * 4, found.high * 4, found.deviation) for name, found in ranges.items()}
         onnx.save(quantise(model, Scheme(wide, two_step)), tmp_path / "model.onnx")
         require_int8(structure_of(tmp_path / "model.onnx"), len(layers) + len(two_step), "onnx_static_int8")
-        divergence[crest] = onnx_int8.compare(source, tmp_path / "model.onnx", validation).kl
+        divergence[crest] = compare(source, tmp_path / "model.onnx", validation, "int8").kl
     assert divergence[0.5] < divergence[None] / 3
 
 
@@ -235,7 +237,7 @@ def test_an_activation_that_is_always_zero_gets_a_safe_scale(text, tmp_path, exp
     assert (ranges[dead].low, ranges[dead].high) == (0, 0)
     onnx.save(model, tmp_path / "fp32.onnx")
     onnx.save(quantise(model, Scheme(ranges)), tmp_path / "int8.onnx")
-    agreement = onnx_int8.compare(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", np.load(text / "validation.npy"))
+    agreement = compare(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", np.load(text / "validation.npy"), "int8")
     assert agreement.kl < 0.1
 
 
@@ -250,7 +252,7 @@ def test_reduced_range_uses_seven_bits(exports, text):
 @pytest.mark.parametrize("logits", (np.zeros((3, 8)), np.full((3, 8), 2.5), np.array([[1.0, np.nan]])))
 def test_dead_logits_are_a_failed_gate(logits):
     with pytest.raises(GateError, match="onnx_static_int8: logits"):
-        onnx_int8.require_live(logits)
+        require_live(logits, "onnx_static_int8")
 
 
 def test_windows_too_short_for_the_decode_steps_are_the_user_s_mistake(text):
@@ -313,5 +315,5 @@ def test_compensation_lowers_the_error_of_the_layers_outputs_in_the_file(exports
 
 
 def test_a_parent_in_two_files_is_refused_before_any_work():
-    with pytest.raises(UserError, match="3.0 GB of fp32 weights are more than static int8 for ONNX takes"):
-        onnx_int8.require_one_file({"files": [{}, {}], "bytes": 3_000_000_000})
+    with pytest.raises(UserError, match="onnx_static_int8: 3.0 GB of fp32 weights are more than calibration for ONNX takes"):
+        require_one_file({"files": [{}, {}], "bytes": 3_000_000_000}, "onnx_static_int8")

@@ -1,0 +1,144 @@
+"""How static int8 chooses its ranges: least squared error against a reference, tensors of equal values, one scale per matrix."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from conftest import VOCABULARY, tiny_model
+from exporters import onnx_export, onnx_int8
+from exporters.onnx_agreement import compare
+from exporters.onnx_calibration import BINS, Feeds, Histogram, activation_ranges, least_squares_ends, squared_errors
+from exporters.onnx_qdq import Scheme, linear_layers, quantise
+from exporters.onnx_structure import require_int8, structure_of
+from exporters.settings import OnnxInt8Settings, OnnxSettings
+
+WINDOW, STEPS = 40, 6
+CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    draws = np.random.default_rng(0)
+    for name, windows in (("calibration", 4), ("validation", 2)):
+        np.save(folder / f"{name}.npy", draws.integers(0, VOCABULARY, (windows, WINDOW), dtype=np.int32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exports(text, tmp_path_factory):
+    made = {}
+    for family, tied in (("gpt2", True), ("llama", True), ("llama", False)):
+        folder = tmp_path_factory.mktemp(f"{family}-{tied}")
+        tiny_model(family, tied=tied).save_pretrained(folder / "model")
+        (folder / "out").mkdir()
+        onnx_export.run(OnnxSettings(greedy_tokens=1), folder / "out", model=folder / "model", text=text)
+        made[family, tied] = folder / "out"
+    return made
+
+
+def histogram_of(values):
+    counts, _ = np.histogram(values, BINS, range=(values.min(), values.max()))
+    return Histogram(float(values.min()), float(values.max()), counts)
+
+
+def uint8_error(values, low, high):
+    """Mean squared error of the values themselves, as QuantizeLinear and DequantizeLinear make it."""
+    scale = (high - low) / 255
+    zero = np.clip(np.rint(-low / scale), 0, 255)
+    rounded = (np.clip(np.rint(values / scale) + zero, 0, 255) - zero) * scale
+    return np.square(rounded - values).mean()
+
+
+def normal(draws):
+    return draws.normal(size=20_000)
+
+
+def heavy_tailed(draws):
+    return draws.standard_t(2, size=20_000)
+
+
+def one_outlier(draws):
+    return np.append(draws.normal(size=20_000), 400.0)
+
+
+def positive(draws):
+    return draws.gamma(0.5, size=20_000)
+
+
+def gated(draws):
+    return np.append(draws.normal(size=20_000) * draws.gamma(0.3, size=20_000), [-90.0, 12.0])
+
+
+@pytest.mark.parametrize("values", [normal, heavy_tailed, one_outlier, positive, gated], ids=lambda f: f.__name__)
+def test_least_squares_is_as_good_as_trying_every_pair_of_ends(values):
+    """The reference quantises the values, not a histogram, with 60 x 60 pairs of ends."""
+    values = values(np.random.default_rng(3))
+    low, high = least_squares_ends(histogram_of(values))
+    assert min(values.min(), 0) <= low <= 0 < high <= values.max()
+    shares = np.linspace(1 / 60, 1, 60)
+    lows = shares * values.min() if values.min() < 0 else [0.0]
+    least = min(uint8_error(values, a, b) for a in lows for b in shares * values.max())
+    assert uint8_error(values, low, high) <= least * 1.05
+    assert uint8_error(values, low, high) <= uint8_error(values, min(values.min(), 0), values.max()) * (1 + 1e-3)
+
+
+def test_squared_errors_of_a_histogram_are_those_of_its_values():
+    values = np.random.default_rng(4).normal(size=200_000)
+    histogram, highs = histogram_of(values), np.array([0.3, 1.0, 3.0, 4.0])
+    expected = [uint8_error(values, -2.0, high) for high in highs]
+    np.testing.assert_allclose(squared_errors(histogram, -2.0, highs), expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("constant", (0.0, 0.37, -2.5))
+@pytest.mark.parametrize("calibrator", CALIBRATORS)
+def test_an_activation_of_equal_values_is_represented_exactly(calibrator, constant, exports, text, tmp_path):
+    """A norm whose scale is 0 gives its offset everywhere; int8 must give the layer behind it the very same number."""
+    model = onnx.load(exports["gpt2", True] / "onnx_fp32.onnx")
+    layers = linear_layers(model)
+    value = layers["transformer.h.1.mlp.c_fc"]
+    norm = next(node for node in model.graph.node if value in node.output)
+    for position, number in ((2, 0.0), (3, constant)):  # under names of its own: equal vectors are stored once
+        norm.input[position] = f"own.{position}"
+        model.graph.initializer.append(numpy_helper.from_array(np.full(64, number, np.float32), norm.input[position]))
+    onnx.save(model, tmp_path / "fp32.onnx")
+    feeds = Feeds(np.load(text / "calibration.npy"), STEPS)
+    ranges = activation_ranges(model, list(dict.fromkeys(layers.values())), feeds, calibrator)
+    assert ranges[value].low == ranges[value].high == np.float32(constant)
+    quantised = quantise(model, Scheme(ranges))
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantised.graph.initializer}
+    scale, zero = tensors[f"{value}_scale"], int(tensors[f"{value}_zero_point"])
+    code = np.clip(np.rint(np.float32(constant) / scale) + zero, 0, 255)
+    assert (code - zero) * scale == pytest.approx(constant, rel=1e-6)
+    onnx.save(quantised, tmp_path / "int8.onnx")
+    require_int8(structure_of(tmp_path / "int8.onnx"), len(layers), "int8")
+    assert compare(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", np.load(text / "validation.npy"), "int8").kl < 0.1
+
+
+@pytest.mark.parametrize("calibrator", CALIBRATORS)
+def test_every_calibrator_makes_a_file_that_answers(calibrator, exports, text, tmp_path):
+    settings = OnnxInt8Settings(windows=4, decode_steps=STEPS, calibrator=calibrator, two_step_crest=None, rounding="nearest")
+    onnx_int8.run(settings, tmp_path, onnx=exports["llama", True], text=text)
+    assert json.loads((tmp_path / "onnx_static_int8.json").read_text())["measured"]["against_fp32"]["kl"] < 0.1
+
+
+@pytest.mark.parametrize("rounding", ("nearest", "compensated"))
+@pytest.mark.parametrize("tied", (True, False))
+def test_one_scale_per_matrix(tied, rounding, exports, text, tmp_path):
+    settings = OnnxInt8Settings(windows=4, decode_steps=STEPS, per_channel=False, rounding=rounding)
+    onnx_int8.run(settings, tmp_path, onnx=exports["llama", tied], text=text)
+    measured = json.loads((tmp_path / "onnx_static_int8.json").read_text())["measured"]
+    assert measured["int8_linear_layers"] == 11 and measured["embedding_int8"]
+    assert measured["against_fp32"]["kl"] < 0.1
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "onnx_static_int8.onnx").graph.initializer}
+    layers = linear_layers(onnx.load(exports["llama", tied] / "onnx_fp32.onnx"))
+    originals = {t.name: numpy_helper.to_array(t) for t in onnx.load(exports["llama", tied] / "onnx_fp32.onnx").graph.initializer}
+    for layer in layers:
+        scale, codes = tensors[f"{layer}.weight_scale"], tensors[f"{layer}.weight_quantized"]
+        assert scale.size == 1
+        assert scale == pytest.approx(np.abs(originals[f"{layer}.weight"]).max() / 127, rel=0.01)
+        if rounding == "nearest":
+            np.testing.assert_allclose(codes * scale, originals[f"{layer}.weight"], atol=float(scale) * 0.51)
