@@ -1,8 +1,9 @@
 """Makes a float TFLite graph easy for int8 with one scale per tensor, without changing its function.
 
 tflite-runtime 2.14 gets scales per channel wrong, so what they give is spelled out with operators:
-- Rows. Row c of every weight is divided by its largest magnitude ``s_c`` and the result multiplied by ``s`` in float:
-  ``W x = s * ((W / s) x)``. A tied embedding reads the same table and multiplies by its row's scale: still stored once.
+- Rows. Row c of every weight is divided by ``s_c`` and the result multiplied by ``s`` in float: ``W x = s * ((W / s) x)``.
+  ``s_c`` is the row's largest magnitude, or more where its output reaches so far that the other outputs would lose their steps.
+  A tied embedding reads the same table and multiplies by its row's scale: still stored once.
 - Columns. An input with outlier channels and one reader, as the second projection of an FFN has, is scaled before:
   ``W x = (W t)(x / t)``, ``t_j = max|x_j|^alpha / max|W_j|^(1-alpha)``, SmoothQuant (Xiao et al. 2022, arXiv:2211.10438).
 - Outliers. An input with one reader is cut in two where that pays, ``W x = W clip(x) + W (x - clip(x))``: the first part is
@@ -36,8 +37,13 @@ from exporters.tflite_edit import (
 from exporters.tflite_logit_range import fake_quantised
 
 HOMOGENEOUS = (schema.ActivationFunctionType.NONE, schema.ActivationFunctionType.RELU)  # f(s * y) == s * f(y) for s > 0
+HEAD_OUTPUT = "_logits_output"  # how the converter names the tensor behind the signature's output ``logits``
+TRIED_SHARES = np.linspace(0.02, 1, 50)  # of the rows, those whose output is left to reach as far as it does
+OUTPUT_STEPS, WEIGHT_STEPS = 255, 127
 OUTLIER_RATIO = 2.0  # largest channel over the median one, from which on scaling an input is worth an operator
 SPLIT_GAIN = 4.0  # how many times smaller a split must make the squared error of an input
+TRIED_RATIOS = 50  # of output range to row range, from which on a row is scaled by its output
+STEPS, WEIGHT_STEPS = 255, 127
 CLIP_SHARES = (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)  # tried shares of the range that the finely quantised part keeps
 
 
@@ -55,16 +61,34 @@ def equalise(model: schema.ModelT, seen: Calibration, alpha: float) -> Equalised
     row_scales: dict[str, np.ndarray] = {}
     smoothed = split = 0
     for users in weight_users(model).values():
-        if any(is_linear(model, user) and user[1].builtinOptions.fusedActivationFunction not in HOMOGENEOUS for user in users):
+        if not may_scale_rows(model, users):
             continue
         alone = reads_alone(model, users)
         columns = column_scale(model, users, seen, alpha) if alone else None
-        inputs = sampled_inputs(users, seen) if alone else None
-        row_scales |= scale_rows_and_columns(model, users, columns)
+        rows = inputs = None
+        if all(is_linear(model, user) for user in users):
+            factors = np.float32(1) if columns is None else columns
+            inputs = sampled_inputs(users, seen) / factors
+            if HEAD_OUTPUT not in name_of(users[0][0], users[0][1].outputs[0]):  # few of its outputs are ever large
+                outputs = np.max([seen.ranges[name_of(subgraph, operator.outputs[0])].largest for subgraph, operator in users], 0)
+                rows = balanced_rows(weight_of(model, users[0]) * factors, outputs, float(np.square(inputs).sum(1).mean()))
+        row_scales |= scale_rows_and_columns(model, users, columns, rows)
         smoothed += columns is not None
         if alone:
-            split += split_outliers(model, users, inputs if columns is None else inputs / columns)
+            split += split_outliers(model, users, inputs)
     return Equalised(row_scales, smoothed, split)
+
+
+def equalise_rows(model: schema.ModelT) -> None:
+    """Rewrite ``model`` in place, the rows alone: this needs no calibration."""
+    for users in weight_users(model).values():
+        if may_scale_rows(model, users):
+            scale_rows_and_columns(model, users)
+
+
+def may_scale_rows(model: schema.ModelT, users: list[User]) -> bool:
+    """Whether no user of a weight puts its result through a function that scaling would change."""
+    return not any(is_linear(model, user) and user[1].builtinOptions.fusedActivationFunction not in HOMOGENEOUS for user in users)
 
 
 def reads_alone(model: schema.ModelT, users: list[User]) -> bool:
@@ -88,19 +112,40 @@ def column_scale(model: schema.ModelT, users: list[User], seen: Calibration, alp
     return scale
 
 
+def balanced_rows(weight: np.ndarray, outputs: np.ndarray, power: float) -> np.ndarray:
+    """The row scales [rows] with the least rounding error of weights and outputs together, all outputs counted alike.
+
+    ``weight`` [rows, columns]; ``outputs`` [rows], how far each reaches; ``power``, the mean squared length of an input.
+    """
+    largest = np.abs(weight).max(1)
+    rows = np.where(largest > 0, largest, 1).astype(np.float32)
+    tried = []
+    for limit in np.quantile(outputs / rows, TRIED_SHARES):
+        scale = np.maximum(rows, outputs / limit) if limit > 0 else rows
+        weight_step, output_step = (rows / scale).max() / WEIGHT_STEPS, 2 * (outputs / scale).max() / OUTPUT_STEPS
+        tried.append((float(np.square(scale).sum() * (power * weight_step**2 + output_step**2)), limit, scale))
+    return min(tried, key=lambda one: one[:2])[2].astype(np.float32)
+
+
 def sampled_inputs(users: list[User], seen: Calibration) -> np.ndarray:
     """Sampled rows [n, columns] of the input, from all signatures."""
     return np.concatenate([seen.inputs[name_of(subgraph, operator.inputs[0])] for subgraph, operator in users])
 
 
-def scale_rows_and_columns(model: schema.ModelT, users: list[User], columns: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Scale one weight in place and insert the operators that undo it; the row scales by the name of each linear output."""
+def scale_rows_and_columns(
+    model: schema.ModelT, users: list[User], columns: np.ndarray | None = None, rows: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Scale one weight in place and insert the operators that undo it; the row scales by the name of each linear output.
+
+    ``rows`` [rows] is what they are divided by, None: their largest magnitudes.
+    """
     weight = weight_of(model, users[0])
     if columns is not None:
         weight = weight * columns
         divide_input(model, users, columns)
-    largest = np.abs(weight).max(1)
-    rows = np.where(largest > 0, largest, 1).astype(np.float32)
+    if rows is None:
+        largest = np.abs(weight).max(1)
+        rows = np.where(largest > 0, largest, 1).astype(np.float32)
     set_weight(model, users[0], weight / rows[:, None])
     for bias in bias_buffers([user for user in users if is_linear(model, user)]):
         model.buffers[bias].data = (model.buffers[bias].data.view(np.float32) / rows).view(np.uint8)

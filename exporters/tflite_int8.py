@@ -1,9 +1,15 @@
 """Stage tflite_int8: static int8 with AI Edge Quantizer, in the one form that LiteRT and tflite-runtime 2.14 both run rightly.
 
 Linear layers are static int8 with one scale per tensor, embeddings int8 with one scale per tensor, all else stays float. The
-weights are equalised first, so that one scale per tensor does not cost what it usually costs.
+weights are equalised first, so that one scale per tensor does not cost what it usually costs. Two kinds of layers quantise their
+input in each call and give float outputs: the head, since 255 steps are too few to tell the first places apart, and the second
+projection of FFNs, whose outputs reach furthest. Measured on the demo model, on 2451 validation tokens that chose nothing: KL
+against all static falls from 2.3e-3 to 1.2e-3 in both runtimes; top-1 goes from 97.2 to 97.1 % in LiteRT and from 96.8 to 98.0 %
+in tflite-runtime, with a standard error of 0.3. It costs no time in LiteRT; in tflite-runtime 2.14, which has no fast kernel for
+it, a prompt takes about 1.3 times as long, a decode step as long as before.
 """
 
+import fnmatch
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,19 +20,19 @@ from ai_edge_quantizer import qtyping, quantizer
 from exporters.artifact import read_sidecar, sha256_of, write_sidecar
 from exporters.settings import TfliteInt8Settings
 from exporters.tflite_calibration import ChannelRange, calibrate
-from exporters.tflite_coverage import check_coverage
-from exporters.tflite_equalise import equalise
+from exporters.tflite_coverage import Expected, check_coverage, is_dynamic
+from exporters.tflite_equalise import HEAD_OUTPUT, equalise
 from exporters.tflite_logit_range import LogitRange, choose_logit_range
-from exporters.tflite_parity import Feeds, agreement, replay
+from exporters.tflite_parity import Feeds, check_agreement_in, replay
 from exporters.tflite_replay import RUNTIMES
-from exporters.tflite_structure import check_loadable, operator_counts, operators, read_model, tensor_contract, write_model
-from models.errors import GateError
+from exporters.tflite_structure import Operator, check_loadable, operator_counts, operators, read_model, tensor_contract, write_model
+from models.errors import GateError, UserError
 from models.progress import track
 
 NAME, PARENT = "tflite_static_int8", "tflite_fp32"
-HEAD_OUTPUT = "_logits_output"  # how the converter names the tensor behind the signature's output ``logits``
+USUALLY_DYNAMIC = ("logits", "down_proj", "mlp.c_proj")  # the head; the last two as Llama and its kin, and GPT-2, call them
+OUTPUT_MARGIN = 1.1  # equalised outputs all reach as far as they were seen to; unseen text reaches a little further
 CHECKED_SEQUENCES, CHECKED_STEPS = 4, 24  # what the sanity check feeds: prompts, and tokens after each
-LEAST_TOP1, LARGEST_KL = 0.5, 0.1  # outside both the file is broken, whatever the recipe's gates say; flat logits miss only top-1
 LIBRARIES = ("ai-edge-quantizer", "ai-edge-litert", "tflite-runtime", "flatbuffers", "numpy")
 
 
@@ -39,7 +45,8 @@ def run(settings: TfliteInt8Settings, out: Path, tflite: Path, text: Path) -> No
     graph = read_model(path)
     found = operators(graph)
     check_loadable(found, NAME)
-    coverage = check_coverage(found, operators(read_model(parent_path)), NAME, calibration.split_layers)
+    expected = Expected(operators(read_model(parent_path)), calibration.split_layers, calibration.dynamic)
+    coverage = check_coverage(found, expected, NAME)
     measured = {
         "coverage": asdict(coverage),
         "bytes_of_parent": path.stat().st_size / parent["bytes"],
@@ -69,7 +76,8 @@ class Quantised:
     decode_steps: int
     smoothed_layers: int
     split_layers: int
-    logit_range: LogitRange
+    dynamic: tuple[str, ...]
+    logit_range: LogitRange | None  # None: the head gives float logits
 
 
 def quantise(settings: TfliteInt8Settings, parent: Path, windows: np.ndarray, path: Path) -> Quantised:
@@ -79,25 +87,54 @@ def quantise(settings: TfliteInt8Settings, parent: Path, windows: np.ndarray, pa
     seen = calibrate(parent, operators(graph), track(fed, "tflite int8: first pass"), settings.decode_steps)
     equalised = equalise(graph, seen, settings.input_smoothing)
     found = operators(graph)
+    dynamic = dynamic_patterns(settings.dynamic, found)
     with tempfile.TemporaryDirectory() as folder:
         rewritten = Path(folder) / "equalised.tflite"
         write_model(graph, rewritten)
         seen = calibrate(rewritten, found, track(fed, "tflite int8: second pass"), settings.decode_steps)
-        heads = [head.outputs[0].name for head in found if head.name == "FULLY_CONNECTED" and HEAD_OUTPUT in head.outputs[0].name]
+        heads = [head for head in found if head.name == "FULLY_CONNECTED" and HEAD_OUTPUT in head.outputs[0].name]
         if not heads:
             raise GateError(f"{parent.name}: no linear layer makes the logits, so their range cannot be chosen")
-        chosen = choose_logit_range(seen.logits, equalised.row_scales.get(heads[0], np.ones(1, np.float32)))
-        logit_range = ChannelRange(np.array([chosen.low]), np.array([chosen.high]))
-        path.write_bytes(quantised_bytes(rewritten, seen.ranges | dict.fromkeys(heads, logit_range)))
-    return Quantised(len(fed), settings.decode_steps, equalised.smoothed_layers, equalised.split_layers, chosen)
+        ranges, chosen = with_margin(seen.ranges, found), None
+        if not is_dynamic(heads[0], dynamic):
+            name = heads[0].outputs[0].name
+            chosen = choose_logit_range(seen.logits, equalised.row_scales.get(name, np.ones(1, np.float32)))
+            logit_range = ChannelRange(np.array([chosen.low]), np.array([chosen.high]))
+            ranges = ranges | {head.outputs[0].name: logit_range for head in heads}
+        path.write_bytes(quantised_bytes(rewritten, ranges, dynamic))
+    return Quantised(len(fed), settings.decode_steps, equalised.smoothed_layers, equalised.split_layers, dynamic, chosen)
 
 
-def quantised_bytes(model: Path, ranges: dict[str, ChannelRange]) -> bytes:
-    """Static int8 for linear layers, int8 for embeddings, one scale per tensor."""
+def with_margin(ranges: dict[str, ChannelRange], found: list[Operator]) -> dict[str, ChannelRange]:
+    """``ranges`` with those of the linear layers' outputs, but the head's, widened by ``OUTPUT_MARGIN``."""
+    outputs = {operator.outputs[0].name for operator in found if operator.name == "FULLY_CONNECTED"}
+    widened = {name for name in outputs if HEAD_OUTPUT not in name}
+    return {
+        name: ChannelRange(seen.low * OUTPUT_MARGIN, seen.high * OUTPUT_MARGIN) if name in widened else seen
+        for name, seen in ranges.items()
+    }
+
+
+def dynamic_patterns(asked: tuple[str, ...] | None, found: list[Operator]) -> tuple[str, ...]:
+    """The patterns asked for, or the usual ones that this model has; UserError for one that is no linear layer's."""
+    linear = [operator for operator in found if operator.name == "FULLY_CONNECTED"]
+    patterns = USUALLY_DYNAMIC if asked is None else asked
+    unknown = [pattern for pattern in patterns if not any(is_dynamic(operator, (pattern,)) for operator in linear)]
+    if asked and unknown:
+        raise UserError(
+            f"tflite_int8.dynamic: no linear layer has {unknown[0]!r} in its name; they are called like {linear[0].outputs[0].name}"
+        )
+    return tuple(pattern for pattern in patterns if pattern not in unknown)
+
+
+def quantised_bytes(model: Path, ranges: dict[str, ChannelRange], dynamic: tuple[str, ...]) -> bytes:
+    """Static int8 for linear layers but those of ``dynamic``, int8 for embeddings, one scale per tensor."""
     process = quantizer.Quantizer(str(model))
     per_tensor = qtyping.QuantGranularity.TENSORWISE
     process.add_static_config(".*", qtyping.TFLOperationName.FULLY_CONNECTED, 8, 8, per_tensor)
     process.add_dynamic_config(".*", qtyping.TFLOperationName.EMBEDDING_LOOKUP, 8, per_tensor)
+    for pattern in dynamic:
+        process.add_dynamic_config(fnmatch.translate(f"*{pattern}*"), qtyping.TFLOperationName.FULLY_CONNECTED, 8, per_tensor)
     found = {
         name: {"min": np.array([[seen.low.min()]], np.float32), "max": np.array([[seen.high.max()]], np.float32)}
         for name, seen in ranges.items()
@@ -112,13 +149,5 @@ def check_agreement(path: Path, parent: Path, windows: np.ndarray, interface: di
     tokens = windows[-CHECKED_SEQUENCES:, :length]
     feeds = Feeds(tokens, np.full(len(tokens), length - steps, np.int32))
     expected = replay(parent, "litert", feeds).logits
-    measured = {}
-    for runtime in RUNTIMES:
-        found = agreement(replay(path, runtime, feeds).logits, expected)
-        if found.top1 < LEAST_TOP1 and not found.kl < LARGEST_KL:
-            raise GateError(
-                f"{path.name} in {RUNTIMES[runtime]} agrees with the float file on {found.top1:.1%} of {found.rows} tokens"
-                f" (least {LEAST_TOP1:.0%}), KL {found.kl:.3f} (limit {LARGEST_KL}); calibrate with more windows: tflite_int8.windows"
-            )
-        measured[runtime] = asdict(found)
-    return measured
+    advice = "calibrate with more windows: tflite_int8.windows"
+    return {runtime: asdict(check_agreement_in(path, runtime, feeds, expected, advice)) for runtime in RUNTIMES}

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from exporters.tflite_replay import RUNTIMES
 from models.errors import GateError
 
 REPLAY_SECONDS = 1800
+LEAST_TOP1, LARGEST_KL = 0.5, 0.1  # outside both the file is broken, whatever the recipe's gates say; flat logits miss only top-1
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ class Agreement:
     top1: float
 
 
+@dataclass(frozen=True)
+class TextAgreement(Agreement):
+    """With the change of perplexity on the tokens that were fed, a fraction, and its standard error."""
+
+    perplexity_change: float
+    perplexity_change_error: float
+
+
 def prompt_feeds(windows: np.ndarray, prefill_tokens: int, context_tokens: int, steps: int) -> Feeds:
     """Prompts shorter than, equal to and longer than one chunk, as far as the context allows, each followed by ``steps`` tokens."""
     room = context_tokens - steps
@@ -57,8 +66,11 @@ def prompt_feeds(windows: np.ndarray, prefill_tokens: int, context_tokens: int, 
     return Feeds(stream[: length * len(lengths)].reshape(len(lengths), length), np.array(lengths, np.int32))
 
 
-def replay(model: Path, runtime: str, feeds: Feeds) -> Replayed:
-    """Feed ``feeds`` through ``model`` in a fresh process of ``runtime`` (litert or tflite); GateError where it cannot run."""
+def replay(model: Path, runtime: str, feeds: Feeds, accelerated: bool = True) -> Replayed:
+    """Feed ``feeds`` through ``model`` in a fresh process of ``runtime`` (litert or tflite); GateError where it cannot run.
+
+    ``accelerated`` also asks that XNNPACK takes part.
+    """
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder) / "feeds.npz", Path(folder) / "logits.npz"
         np.savez(inputs, tokens=feeds.tokens, prompt_tokens=feeds.prompt_tokens)
@@ -77,7 +89,7 @@ def replay(model: Path, runtime: str, feeds: Feeds) -> Replayed:
         with np.load(outputs) as result:
             replayed = Replayed(result["logits"], int(result["delegated"]))
     check_alive(replayed.logits, f"{model.name} in {RUNTIMES[runtime]}")
-    if not replayed.delegated:
+    if accelerated and not replayed.delegated:
         raise GateError(f"{model.name} in {RUNTIMES[runtime]}: XNNPACK took over no operator, so it would run several times slower")
     return replayed
 
@@ -126,3 +138,22 @@ def agreement(logits: np.ndarray, parent: np.ndarray) -> Agreement:
         kl=float((np.exp(expected) * (expected - found)).sum(-1).mean()),
         top1=float((logits.argmax(-1) == parent.argmax(-1)).mean()),
     )
+
+
+def check_agreement_in(path: Path, runtime: str, feeds: Feeds, parent: np.ndarray, advice: str = "") -> TextAgreement:
+    """Replay in ``runtime`` and compare with the ``parent``'s logits; GateError for dead or unrelated ones, with ``advice``.
+
+    Prompts must be equally long.
+    """
+    logits = replay(path, runtime, feeds).logits
+    found = agreement(logits, parent)
+    if found.top1 < LEAST_TOP1 and not found.kl < LARGEST_KL:
+        raise GateError(
+            f"{path.name} in {RUNTIMES[runtime]} agrees with the float file on {found.top1:.1%} of {found.rows} tokens"
+            f" (least {LEAST_TOP1:.0%}), KL {found.kl:.3f} (limit {LARGEST_KL}){advice and '; ' + advice}"
+        )
+    following = feeds.tokens[:, int(feeds.prompt_tokens[0]) :, None].astype(np.int64)  # [sequences, steps, 1]
+    right = [np.take_along_axis(log_softmax(rows[:, :-1].astype(np.float64)), following, -1) for rows in (parent, logits)]
+    change = right[0] - right[1]  # of the loss, per token
+    error = float(change.std() / np.sqrt(change.size)) * float(np.exp(change.mean()))
+    return TextAgreement(**asdict(found), perplexity_change=float(np.expm1(change.mean())), perplexity_change_error=error)

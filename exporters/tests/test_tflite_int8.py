@@ -1,6 +1,7 @@
 """Static int8 TFLite on tiny random models: what is int8, what it computes, and the failures that must be named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,14 @@ from conftest import VOCABULARY, write_checkpoint
 from exporters import tflite_export, tflite_int8
 from exporters.settings import TfliteInt8Settings, TfliteSettings
 from exporters.tflite_calibration import RowSample, calibrate
-from exporters.tflite_coverage import check_coverage
-from exporters.tflite_edit import weight_of, weight_users
-from exporters.tflite_equalise import clip_bounds, equalise
+from exporters.tflite_coverage import Expected, check_coverage
+from exporters.tflite_edit import is_linear, weight_of, weight_users
+from exporters.tflite_equalise import balanced_rows, clip_bounds, equalise
 from exporters.tflite_logit_range import choose_logit_range, fake_quantised
 from exporters.tflite_parity import Feeds, agreement
 from exporters.tflite_replay import Replay, replay_all
 from exporters.tflite_structure import operators, read_model, write_model
-from models.errors import GateError
+from models.errors import GateError, UserError
 
 SETTINGS = TfliteInt8Settings(windows=4, decode_steps=6)
 
@@ -40,7 +41,7 @@ def float_folder(request, tmp_path_factory, text_folder) -> Path:
     family, tied = request.param
     folder = tmp_path_factory.mktemp("tflite_float")
     write_checkpoint(folder / "model", family, tied=tied)
-    tflite_export.run(TfliteSettings(prefill_tokens=12, context_tokens=48), folder, smooth=folder / "model", text=text_folder)
+    tflite_export.run(TfliteSettings(prefill_tokens=12, context_tokens=48), folder, model=folder / "model", text=text_folder)
     return folder
 
 
@@ -63,6 +64,7 @@ def test_sidecar_tells_what_is_int8(int8_folder):
     measured = json.loads((int8_folder / "tflite_static_int8.json").read_text())["measured"]
     coverage = measured["coverage"]
     assert coverage["linear_layers"] == coverage["int8_linear_layers"] > 0 and coverage["embedding_int8"]
+    assert len(coverage["dynamic_linear_layers"]) == 3 and measured["calibration"]["logit_range"] is None  # the head, two FFNs
     assert measured["operators"]["decode"]["FULLY_CONNECTED"] == measured["operators"]["prefill"]["FULLY_CONNECTED"]
     for runtime in ("litert", "tflite"):
         found = measured["agreement_with_parent"][runtime]
@@ -90,9 +92,33 @@ def test_equalising_keeps_the_function(float_folder, text_folder, tmp_path):
     feeds = random_feeds()
     before, after = run_litert(path, feeds), run_litert(tmp_path / "equalised.tflite", feeds)
     assert np.abs(before - after).max() < 1e-4 * np.abs(before).max()
-    for weights in weight_users(graph).values():  # every row of every weight uses the whole range
+    for weights in weight_users(graph).values():
         rows = np.abs(weight_of(graph, weights[0])).max(1)
-        np.testing.assert_allclose(rows, 1, rtol=1e-5)
+        if not all(is_linear(graph, user) for user in weights):  # a table that is looked up uses the whole range in every row
+            np.testing.assert_allclose(rows, 1, rtol=1e-5)
+        assert 0 < rows.max() <= 1 + 1e-5
+
+
+def test_rows_are_balanced_only_where_it_pays():
+    """The error is measured by rounding weights and outputs, not by the formula that the scales come from."""
+    rng = np.random.default_rng(0)
+    weight, inputs = rng.normal(size=(24, 64)).astype(np.float32), rng.normal(size=(400, 64)).astype(np.float32)
+    weight[5] = 3.0  # sums up what all inputs share, and so reaches far
+    inputs += 1.5
+
+    def error(rows: np.ndarray) -> float:
+        scaled = weight / rows[:, None]
+        step = np.abs(scaled).max() / 127
+        products = inputs @ (np.round(scaled / step) * step).T
+        reach = np.abs(products).max()
+        return float(np.square(fake_quantised(products, -reach, reach) * rows - inputs @ weight.T).sum())
+
+    largest = np.abs(weight).max(1)
+    outputs, power = np.abs(inputs @ weight.T).max(0), float(np.square(inputs).sum(1).mean())
+    balanced = balanced_rows(weight, outputs, power)
+    assert error(balanced) < 0.8 * error(largest)
+    np.testing.assert_allclose(balanced_rows(weight, largest, power), largest)  # outputs that reach alike
+    np.testing.assert_array_equal(balanced_rows(np.zeros((3, 4)), np.zeros(3), 0.0), 1)
 
 
 def test_outliers_are_split_off_only_where_it_pays():
@@ -126,6 +152,22 @@ def test_int8_is_near_the_float_file(int8_folder, float_folder):
     assert found.top1 > 0.6 and 0 < found.kl < 0.05
 
 
+def test_a_static_head_and_a_dynamic_layer(float_folder, text_folder, tmp_path):
+    path, windows = tmp_path / "mixed.tflite", np.load(text_folder / "calibration.npy")
+    parent = float_folder / "tflite_fp32.tflite"
+    layer = next(op.outputs[0].name for op in operators(read_model(parent)) if op.name == "FULLY_CONNECTED").split("/")[-1]
+    calibration = tflite_int8.quantise(TfliteInt8Settings(windows=2, decode_steps=6, dynamic=(layer,)), parent, windows, path)
+    assert calibration.logit_range.high > calibration.logit_range.low
+    found = operators(read_model(path))
+    expected = Expected(operators(read_model(parent)), calibration.split_layers, (layer,))
+    named = check_coverage(found, expected, "file").dynamic_linear_layers
+    assert 1 <= len(named) <= 3 and "logits" not in " ".join(named)
+    with pytest.raises(GateError, match="is not int8: input is float32"):
+        check_coverage(found, replace(expected, dynamic=()), "file")
+    with pytest.raises(UserError, match="no linear layer has 'down_prj'"):
+        tflite_int8.dynamic_patterns(("down_prj",), found)
+
+
 @pytest.mark.parametrize(
     ("pattern", "granularity", "message"),
     [
@@ -145,7 +187,7 @@ def test_wrong_recipes_are_named(float_folder, text_folder, tmp_path, pattern, g
     broken = tmp_path / "broken.tflite"
     broken.write_bytes(process.quantize(seen, enable_progress_report=False).quantized_model)
     with pytest.raises(GateError, match=message):
-        check_coverage(operators(read_model(broken)), found, "tflite_static_int8", split_layers=0)
+        check_coverage(operators(read_model(broken)), Expected(found), "tflite_static_int8")
 
 
 def test_calibration_streams_windows(float_folder, text_folder):
