@@ -13,7 +13,7 @@ GIVEN := $(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)") 
 PLACE := $(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help android-bundle device-test test bench demo-model readme lint format clean python-3.11
+.PHONY: help android-bundle device-test test bench prices demo-model readme lint format clean python-3.11
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
@@ -29,6 +29,9 @@ test: $(READY) lint  ## run all tests
 
 bench: $(READY)  ## each artifact against eager PyTorch and fp32 ONNX Runtime, as ratios of one run
 	@$(RUN) bench $(GIVEN)
+
+prices: $(READY)  ## what every way of shrinking costs and saves, measured on the demo model; QUICK=1 is shorter
+	@$(RUN) prices $(if $(QUICK),--quick)
 
 demo-model: $(READY)  ## train the demo model again from nothing; resumes where it stopped
 	@$(VENV)/bin/python -m models.train_demo $(DEMO_OPTIONS)

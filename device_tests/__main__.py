@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
             runtime=given.runtime,
             threads=given.threads,
             gates=read_gates(given.gates) if given.gates else Gates(),
-            quality=given.quality,
+            quality=given.quality or given.tokens is not None,
+            tokens=given.tokens,
             timing=not given.no_timing,
             prompt_tokens=given.prompt_tokens,
             decode_tokens=given.decode_tokens,
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=int, default=CheckOptions.threads, help="threads of the runtime (default %(default)s)")
     command.add_argument("--gates", type=Path, help='JSON with limits, such as {"top1": 0.99, "max_abs_diff": null}')
     command.add_argument("--quality", action="store_true", help="also score perplexity, KL and top-1 on evaluation.npz")
+    command.add_argument("--tokens", type=Path, help="also write the numbers of every scored token, as .npz; implies --quality")
     command.add_argument("--no-timing", action="store_true", help="replay only; no times and no memory")
     command.add_argument("--prompt-tokens", type=int, help="length of the timed prompt (default: that of the golden prompts)")
     command.add_argument("--decode-tokens", type=int, default=CheckOptions.decode_tokens, help="single tokens timed (default %(default)s)")

@@ -12,7 +12,7 @@ import numpy as np
 from device_tests.artifact import Artifact, read_artifact
 from device_tests.errors import ArtifactFailure, DeviceTestError
 from device_tests.gates import Gates, judge
-from device_tests.quality import evaluate
+from device_tests.quality import Quality, score_session, summary, write_scores
 from device_tests.replay import replay
 from device_tests.result import DeviceRecord, environment, quality_record, replay_fields, timing_fields
 from device_tests.sessions import Session, import_runtime, open_artifact
@@ -22,12 +22,16 @@ from device_tests.vectors import Vectors, open_evaluation, open_golden, read_row
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What to do. ``prompt_tokens`` None times the golden prompt's length; ``timing`` False only replays."""
+    """What to do. ``prompt_tokens`` None times the golden prompt's length; ``timing`` False only replays.
+
+    ``tokens`` is the .npz that every scored token goes to; it needs ``quality``.
+    """
 
     runtime: str
     threads: int = 1
     gates: Gates = Gates()
     quality: bool = False
+    tokens: Path | None = None
     timing: bool = True
     prompt_tokens: int | None = None
     decode_tokens: int = 128
@@ -53,7 +57,7 @@ def check_artifact(artifact: Artifact, golden: Vectors, options: CheckOptions, v
         session = _load_and_time(golden, options, load, fields)
         replayed = replay(session, golden)
         fields.update(replay_fields(replayed))
-        quality = evaluate(session, open_evaluation(golden.path.parent, artifact.interface)) if options.quality else None
+        quality = _score(session, open_evaluation(golden.path.parent, artifact.interface), options) if options.quality else None
         failures = judge(options.gates, replayed, quality)
     except ArtifactFailure as failure:
         failures = [" ".join(str(failure).split())]
@@ -74,6 +78,14 @@ def check_artifact(artifact: Artifact, golden: Vectors, options: CheckOptions, v
         "device": asdict(record),
         "quality": quality_record(quality) if quality else None,
     }
+
+
+def _score(session: Session, evaluation: Vectors, options: CheckOptions) -> Quality:
+    """Quality over the evaluation windows; every token goes to ``options.tokens`` where that is wanted."""
+    scores = score_session(session, evaluation)
+    if options.tokens is not None:
+        write_scores(options.tokens, scores)
+    return summary(scores)
 
 
 def _load_and_time(golden: Vectors, options: CheckOptions, load: Callable[[], Session], fields: dict[str, Any]) -> Session:

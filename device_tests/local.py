@@ -26,12 +26,13 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 @dataclass(frozen=True)
 class LocalRun:
-    """One process: which runtime, how, and how long it may take (seconds)."""
+    """One process: which runtime, how, and how long it may take (seconds). ``tokens``: the .npz for every scored token."""
 
     runtime: str
     threads: int = 1
     gates: Gates = Gates()
     quality: bool = False
+    tokens: Path | None = None
     timing: bool = True
     decode_tokens: int | None = None
     timeout_s: float = 1800.0
@@ -62,6 +63,7 @@ def child_command(sidecar: Path, golden: Path, run: LocalRun, work: Path) -> lis
     command += ["--golden", str(Path(golden).resolve()), "--threads", str(run.threads)]
     command += ["--gates", str(work / "gates.json"), "--out", str(work / "result.json")]
     command += ["--quality"] if run.quality else []
+    command += [] if run.tokens is None else ["--tokens", str(Path(run.tokens).resolve())]
     command += [] if run.timing else ["--no-timing"]
     return command + ([] if run.decode_tokens is None else ["--decode-tokens", str(run.decode_tokens)])
 

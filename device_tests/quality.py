@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -13,6 +17,26 @@ from device_tests.token_statistics import Estimate, kl_grouped, log_softmax, mea
 from device_tests.vectors import Vectors, read_rows
 
 ROWS = ("windows", "top_ids", "top_logprob", "rest_logprob", "target_logprob", "dense_target_logprob")
+TOP = 5  # first choices of the artifact among which the reference's one is looked for
+Answers = Callable[[np.ndarray, int], Iterable[np.ndarray]]  # window [T], scored -> rows of logits [vocab]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Every scored token, float64 ``[windows, scored]``; column 0 is the token after a prompt of ``prompt_tokens``.
+
+    ``nll``, ``reference`` and ``dense`` are negative log-likelihoods (nats) of the right token in the artifact, in the fp32 model
+    that was exported, and in the dense model; ``kl`` is grouped; ``top1`` and ``top5`` are 1 where the reference's first choice is
+    the artifact's, or among its five likeliest.
+    """
+
+    prompt_tokens: int
+    nll: np.ndarray
+    reference: np.ndarray
+    dense: np.ndarray
+    kl: np.ndarray
+    top1: np.ndarray
+    top5: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -31,37 +55,81 @@ class Quality:
 
 def evaluate(session: Session, evaluation: Vectors) -> Quality:
     """Score every window: the prompt by prefill, the rest step by step. ArtifactFailure for broken logits."""
-    columns: dict[str, list] = {"nll": [], "reference": [], "dense": [], "kl": [], "top1": []}
+    return summary(score_session(session, evaluation))
+
+
+def score_session(session: Session, evaluation: Vectors) -> TokenScores:
+    """Every token of ``evaluation`` in a session: the prompt by prefill, the rest step by step. ArtifactFailure for broken logits."""
+
+    def answers(window: np.ndarray, scored: int) -> Iterable[np.ndarray]:
+        return each_logits(session, window, evaluation.prompt_tokens, scored)
+
+    return score(answers, evaluation, session.interface.vocab_size)
+
+
+def score(answers: Answers, evaluation: Vectors, vocab_size: int) -> TokenScores:
+    """As ``score_session``, for whatever gives logits: row i of ``answers`` belongs to token ``prompt_tokens + i``."""
+    columns: dict[str, list] = {field.name: [] for field in fields(TokenScores) if field.name != "prompt_tokens"}
     for index, row in enumerate(read_rows(evaluation, ROWS)):
-        if row["top_ids"].min() < 0 or row["top_ids"].max() >= session.interface.vocab_size:
+        if row["top_ids"].min() < 0 or row["top_ids"].max() >= vocab_size:
             raise DeviceTestError(f"{evaluation.path}: token ids outside the vocabulary; it was made for another model")
-        nll, kl, top1 = _score_window(session, row, evaluation.prompt_tokens, index)
-        scored = (nll, -row["target_logprob"].astype(np.float64), -row["dense_target_logprob"].astype(np.float64), kl, top1)
-        for column, values in zip(columns.values(), scored):
-            column.append(values)
-    table = {name: np.stack(values) for name, values in columns.items()}  # each [windows, scored]
-    worst_window, worst_token = np.unravel_index(int(table["kl"].argmax()), table["kl"].shape)
+        scored = _score_window(answers, row, evaluation.prompt_tokens, index)
+        scored["reference"] = -row["target_logprob"].astype(np.float64)
+        scored["dense"] = -row["dense_target_logprob"].astype(np.float64)
+        for name, column in columns.items():
+            column.append(scored[name])
+    return TokenScores(evaluation.prompt_tokens, **{name: np.stack(column) for name, column in columns.items()})
+
+
+def summary(scores: TokenScores) -> Quality:
+    """The numbers that gates judge."""
+    worst_window, worst_token = np.unravel_index(int(scores.kl.argmax()), scores.kl.shape)
     return Quality(
-        perplexity=perplexity(table["nll"]),
-        perplexity_change=perplexity_change(table["nll"], table["reference"]),
-        perplexity_change_dense=perplexity_change(table["nll"], table["dense"]),
-        kl=mean_estimate(table["kl"]),
-        top1=mean_estimate(table["top1"]),
-        tokens=table["nll"].size,
-        worst_window=int((table["nll"] - table["reference"]).mean(axis=1).argmax()),
-        worst=Place(int(worst_window), evaluation.prompt_tokens - 1 + int(worst_token)),
+        perplexity=perplexity(scores.nll),
+        perplexity_change=perplexity_change(scores.nll, scores.reference),
+        perplexity_change_dense=perplexity_change(scores.nll, scores.dense),
+        kl=mean_estimate(scores.kl),
+        top1=mean_estimate(scores.top1),
+        tokens=scores.nll.size,
+        worst_window=int((scores.nll - scores.reference).mean(axis=1).argmax()),
+        worst=Place(int(worst_window), scores.prompt_tokens - 1 + int(worst_token)),
     )
 
 
-def _score_window(session: Session, row: dict, prompt_tokens: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Negative log-likelihoods, grouped KL and equal first choices, each float64 ``[scored]``."""
+def write_scores(path: Path, scores: TokenScores) -> None:
+    """All numbers as .npz, whole or not at all. DeviceTestError where it cannot be written."""
+    draft = path.with_name(path.name + ".draft")
+    try:
+        with draft.open("wb") as file:
+            np.savez(file, **{field.name: getattr(scores, field.name) for field in fields(TokenScores)})
+        os.replace(draft, path)
+    except OSError as error:
+        raise DeviceTestError(f"{path}: cannot be written ({error.strerror}); give another --tokens") from error
+
+
+def read_scores(path: Path) -> TokenScores:
+    """What ``write_scores`` wrote."""
+    with np.load(path, allow_pickle=False) as found:
+        columns = {name: found[name] for name in found.files if name != "prompt_tokens"}
+        return TokenScores(int(found["prompt_tokens"]), **columns)
+
+
+def rank(logits: np.ndarray, token: int) -> int:
+    """How many of ``logits`` ``[vocab]`` come before ``token``: larger ones, and equal ones of lower id, as argmax has it."""
+    return int(np.count_nonzero(logits > logits[token]) + np.count_nonzero(logits[:token] == logits[token]))
+
+
+def _score_window(answers: Answers, row: dict, prompt_tokens: int, index: int) -> dict[str, np.ndarray]:
+    """Negative log-likelihood, grouped KL and agreement of one window, each float64 ``[scored]``."""
     targets = row["windows"][prompt_tokens:]
-    nll, kl, top1 = (np.empty(len(targets)) for _ in range(3))
-    for token, logits in enumerate(each_logits(session, row["windows"], prompt_tokens, len(targets))):
+    scored = {name: np.empty(len(targets)) for name in ("nll", "kl", "top1", "top5")}
+    for token, logits in enumerate(answers(row["windows"], len(targets))):
         refuse_broken(logits, Place(index, prompt_tokens - 1 + token))
         logprob = log_softmax(logits)
         ids = row["top_ids"][token]  # likeliest first
-        nll[token] = -logprob[targets[token]]
-        kl[token] = kl_grouped(row["top_logprob"][token], float(row["rest_logprob"][token]), logprob, ids)
-        top1[token] = int(logits.argmax()) == ids[0]
-    return nll, kl, top1
+        before = rank(logits, int(ids[0]))
+        scored["nll"][token] = -logprob[targets[token]]
+        scored["kl"][token] = kl_grouped(row["top_logprob"][token], float(row["rest_logprob"][token]), logprob, ids)
+        scored["top1"][token] = before < 1
+        scored["top5"][token] = before < TOP
+    return scored
