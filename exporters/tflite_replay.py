@@ -28,9 +28,11 @@ class Replay:
         interpreter.allocate_tensors()  # before the signature runners, or tflite-runtime leaves XNNPACK out
         self.signatures = {name: interpreter.get_signature_runner(name) for name in ("prefill", "decode")}
         self.delegated = sum(operator["op_name"] == "DELEGATE" for operator in interpreter._get_ops_details())
-        details = self.signatures["prefill"].get_input_details()
+        self.input_details = {name: runner.get_input_details() for name, runner in self.signatures.items()}
+        self.logit_details = {name: runner.get_output_details()["logits"] for name, runner in self.signatures.items()}
+        details = self.input_details["prefill"]
         self.chunk = int(details["tokens"]["shape"][1])
-        self.cache = {name: np.zeros(detail["shape"], np.float32) for name, detail in details.items() if re.match(r"[kv]_\d", name)}
+        self.cache = {name: np.zeros(detail["shape"], detail["dtype"]) for name, detail in details.items() if re.match(r"[kv]_\d", name)}
         self.context = next(iter(self.cache.values())).shape[2]
         self.seconds = {"prefill": [], "decode": []}
         self.reset()
@@ -38,8 +40,8 @@ class Replay:
     def reset(self) -> None:
         """Forget the sequence."""
         self.position = 0
-        for part in self.cache.values():  # [1, kv_heads, context, head_dim]
-            part[:] = 0
+        for name, part in self.cache.items():  # [1, kv_heads, context, head_dim]
+            part[:] = quantised(np.float32(0), self.input_details["prefill"][name])
 
     def feeds(self, name: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Inputs of one call of signature ``name`` on at most a chunk of ``tokens`` [n]; right-padded, padding hidden."""
@@ -50,7 +52,7 @@ class Replay:
         mask = np.full((1, 1, size, self.context + size), HIDDEN, np.float32)
         mask[..., : self.position] = 0
         mask[0, 0, :, self.context :][np.tril_indices(size)] = 0
-        named = {"tokens": padded, "positions": positions, "mask": mask, **self.cache}
+        named = {"tokens": padded, "positions": positions, "mask": quantised(mask, self.input_details[name]["mask"]), **self.cache}
         return named | ({"last": np.array([len(tokens) - 1], np.int32)} if name == "prefill" else {})
 
     def call(self, name: str, tokens: np.ndarray) -> np.ndarray:
@@ -63,13 +65,27 @@ class Replay:
         for part, cached in self.cache.items():
             cached[:, :, self.position : end] = outputs[f"new_{part}"][:, :, : len(tokens)]
         self.position = end
-        return outputs["logits"][0]
+        return dequantised(outputs["logits"][0], self.logit_details[name])
 
     def prompt(self, tokens: np.ndarray) -> np.ndarray:
         """Logits [vocab] after the prompt ``tokens`` [n], fed in chunks."""
         for start in range(0, len(tokens), self.chunk):
             logits = self.call("prefill", tokens[start : start + self.chunk])
         return logits
+
+
+def quantised(values: np.ndarray, tensor: dict) -> np.ndarray:
+    """Float ``values`` as an input of the described tensor's type: int8 by its scale and zero point, float as they are."""
+    if tensor["dtype"] == np.float32:
+        return values
+    scale, zero_point = tensor["quantization"]
+    return np.clip(np.round(values / scale) + zero_point, -128, 127).astype(np.int8)
+
+
+def dequantised(values: np.ndarray, tensor: dict) -> np.ndarray:
+    """An output of the described tensor's type as float32."""
+    scale, zero_point = tensor["quantization"]
+    return values if values.dtype == np.float32 else (values.astype(np.float32) - zero_point) * np.float32(scale)
 
 
 def replay_all(replay: Replay, tokens: np.ndarray, prompt_tokens: np.ndarray) -> np.ndarray:
