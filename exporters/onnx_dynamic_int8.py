@@ -32,7 +32,7 @@ def run(settings: OnnxDynamicInt8Settings, out: Path, onnx: Path, text: Path) ->
     source, path = onnx / parent["file"], out / f"{NAME}.onnx"
     model = onnx_format.load(source)
     layers = linear_layers(model)
-    quantised = quantise(model, settings)
+    quantised = quantise(onnx_format.load(source), settings)
     save_one_file(quantised, path, NAME)
     structure = structure_of(path)
     require_int8(structure, len(layers), NAME)
@@ -46,7 +46,11 @@ def run(settings: OnnxDynamicInt8Settings, out: Path, onnx: Path, text: Path) ->
         tensors=parent["tensors"],
         parent=parent["sha256"],
         settings=settings,
-        measured={**describe(structure), "bits_per_weight": bits_per_weight(quantised.graph), "against_fp32": asdict(agreement)},
+        measured={
+            **describe(structure),
+            "bits_per_weight": bits_per_weight(quantised.graph, model.graph),
+            "against_fp32": asdict(agreement),
+        },
         libraries=LIBRARIES,
     )
 

@@ -62,7 +62,7 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
         parent=parent["sha256"],
         settings=settings,
         measured={
-            "bits_per_weight": bits_per_weight(onnx_format.load(path).graph),
+            "bits_per_weight": bits_per_weight(onnx_format.load(path).graph, model.graph),
             **describe(structure, two_step, forms, costs),
             "activations_zero_on_the_text": [name for name, found in scheme.ranges.items() if found.low == found.high == 0],
             "against_fp32": asdict(agreement),

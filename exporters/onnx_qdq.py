@@ -134,12 +134,10 @@ def drop_unused_initializers(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(kept)
 
 
-def bits_per_weight(graph: onnx.GraphProto) -> float:
-    """All bytes of the int8 matrices and tables, with their scales and zero points, over their numbers."""
-    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    stems = [name.removesuffix("_quantized") for name in tensors if name.endswith("_quantized")]
-    parts = [f"{stem}{part}" for stem in stems for part in ("_quantized", "_scale", "_zero_point")]
-    return 8 * sum(tensors[name].nbytes for name in parts if name in tensors) / sum(tensors[f"{stem}_quantized"].size for stem in stems)
+def bits_per_weight(graph: onnx.GraphProto, model: onnx.GraphProto) -> float:
+    """Everything that ``graph`` stores, scales and zero points too, over the numbers that its fp32 parent ``model`` stores."""
+    stored = sum(numpy_helper.to_array(tensor).nbytes for tensor in graph.initializer)
+    return 8 * stored / sum(numpy_helper.to_array(tensor).size for tensor in model.initializer)
 
 
 def _quantised_table(table: np.ndarray, axis: int, largest: int, names: tuple[str, str]) -> list[TensorProto]:

@@ -62,6 +62,14 @@ class Pruned(Entry):
     top1: Measured = None
 
 
+class Recovery(Entry):
+    """How recovery ended; the model that validation text liked best was kept."""
+
+    kept: str = Field(description="`before`, or the step whose model was kept")
+    diverged: bool
+    stopped_early: bool
+
+
 class Quality(Entry):
     """An artifact in one of its own runtimes, teacher-forced, against the fp32 PyTorch model that it was exported from."""
 
@@ -156,6 +164,10 @@ class Report(Entry):
     model: Model
     reference: Reference
     pruned: Pruned
+    recovery: Recovery
+    clusters: dict | None = Field(
+        None, description="bytes of the clustered weights, plain and as codes with a codebook; null without clusters"
+    )
     artifacts: list[Artifact]
     passed: bool = Field(description="every artifact passed in every runtime")
     text: dict = Field(description="where calibration and evaluation text came from; says so when the model sampled it itself")
@@ -185,6 +197,8 @@ def build_report(recipe: Recipe, folders: dict[str, Path], results: list[dict], 
         model=model,
         reference=Reference(**records["golden"]["reference"]),
         pruned=Pruned(**records["golden"]["pruned"]),
+        recovery=Recovery(**{field: records["recover"][field] for field in Recovery.model_fields}),
+        clusters=records["cluster"]["bytes"],
         artifacts=artifacts,
         passed=all(artifact.passed for artifact in artifacts),
         text=texts,

@@ -47,10 +47,11 @@ def price(report: dict) -> str:
     """What pruning and recovery cost, in one line."""
     reference, pruned = report["reference"], report["pruned"]
     change = pruned["perplexity"] / reference["perplexity"] - 1
+    how = " Recovery diverged and was stopped; the best model before that was kept." if report["recovery"]["diverged"] else ""
     return (
         f"Dense model: {report['model']['parameters'] / 1e6:.2f} M parameters, perplexity {reference['perplexity']:.3f} "
         f"± {reference['perplexity_stderr']:.3f} over {reference['tokens']} tokens. "
-        f"Pruned and recovered: {pruned['parameters'] / 1e6:.2f} M parameters, perplexity {pruned['perplexity']:.3f} ({change:+.1%})."
+        f"Pruned and recovered: {pruned['parameters'] / 1e6:.2f} M parameters, perplexity {pruned['perplexity']:.3f} ({change:+.1%}).{how}"
     )
 
 

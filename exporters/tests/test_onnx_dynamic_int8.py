@@ -59,7 +59,8 @@ def test_everything_is_int8_and_the_sidecar_says_what_was_found(case, quantised,
     assert measured["embedding_int8"]
     assert [entry["name"] for entry in measured["not_int8"]] == (["transformer.wpe.weight"] if case[0] == "gpt2" else [])
     assert sidecar["parent"] == sha256_of(exports[case] / "onnx_fp32.onnx")
-    assert 8 < measured["bits_per_weight"] < 9.5  # a scale and a zero point for each of the few inputs of a tiny layer
+    # A scale and a zero point for each of the few inputs of a tiny layer; GPT-2 has a position table in float beside them.
+    assert 8 < measured["bits_per_weight"] < 10.5
     assert measured["against_fp32"]["kl"] < 0.5
     tables = [t for t in onnx.load(quantised[case] / FILE).graph.initializer if VOCABULARY in t.dims and len(t.dims) == 2]
     assert [t.data_type for t in tables] == [onnx.TensorProto.INT8] * (1 if case[1] else 2)

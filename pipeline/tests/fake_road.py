@@ -72,9 +72,9 @@ def records(sampled: bool) -> dict[str, dict]:
         },
         "text": {"calibration": kind, "evaluation": kind, "versions": {"tokenizers": "0.23.3"}},
         "prune": {"sparsity": 0.0},
-        "recover": {"kept": "before"},
+        "recover": {"kept": "before", "diverged": False, "stopped_early": False},
         "smooth": {"max_function_difference": 1e-6},
-        "cluster": {"centroids": 0},
+        "cluster": {"bytes": None},
         "golden": {
             "reference": {"perplexity": 30.0, "perplexity_stderr": 0.5, "tokens": 5120},
             "pruned": {**pruned, "parameters": 90_000, "sparsity": 0.125},

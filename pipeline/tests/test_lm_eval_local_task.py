@@ -1,9 +1,6 @@
 """lm-evaluation-harness with local tasks on the toy in ONNX Runtime; nothing is downloaded.
 
-It needs the ``eval`` extra, which the rest of the tests do without, and so is not collected with them:
-
-    .venv/bin/pip install --constraint constraints.txt --editable '.[eval]'
-    .venv/bin/python -m pytest pipeline/tests/lm_eval_local_task.py
+It needs the ``eval`` extra, which `make test` installs and the road does without.
 """
 
 import json
