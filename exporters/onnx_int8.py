@@ -15,12 +15,13 @@ from exporters.artifact import read_sidecar, write_sidecar
 from exporters.onnx_agreement import COMPARED_WINDOWS, Agreement, compare
 from exporters.onnx_calibration import Feeds, Range, activation_ranges
 from exporters.onnx_files import require_one_file
-from exporters.onnx_mixed import Form, Targets, forms_to_try, layers_to_leave, mixed, named_layers, require_mixed
+from exporters.onnx_mixed import Form, forms_to_try, layers_to_leave, mixed, named_layers, require_mixed
 from exporters.onnx_qdq import Scheme, bits_per_weight, linear_layers, quantise
 from exporters.onnx_rounding import compensate
 from exporters.onnx_sensitivity import Sensitivity, Switched, sensitivity
 from exporters.onnx_structure import Structure, structure_of
 from exporters.settings import OnnxInt8Settings
+from exporters.targets import Targets
 from models.errors import UserError
 
 NAME = "onnx_static_int8"
@@ -39,7 +40,7 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
     windows = np.load(text / "validation.npy")[:COMPARED_WINDOWS]
     switched = Switched(model, quantised, windows)
     costs = sensitivity(switched, settings.sensitivity_windows)
-    targets, tried = targets_of(settings), []
+    targets, tried = Targets.of(settings), []
     ranking = [cost.name for cost in costs.layers if cost.name not in kept_float]
     left = layers_to_leave(switched, ranking, targets)
     del switched  # two models in one
@@ -86,13 +87,6 @@ def static_int8(model: onnx_format.ModelProto, feeds: Feeds, settings: OnnxInt8S
     if settings.rounding == "compensated":
         compensate(quantised, model, layers, feeds.windows)
     return quantised, scheme
-
-
-def targets_of(settings: OnnxInt8Settings) -> Targets:
-    """What mixed precision aims at; nothing where it is off."""
-    if not settings.mixed_precision:
-        return Targets(None, None)
-    return Targets(settings.least_top1, settings.largest_perplexity_change)
 
 
 def calibration_windows(text: Path, settings: OnnxInt8Settings) -> np.ndarray:

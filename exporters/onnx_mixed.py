@@ -5,41 +5,24 @@ targets to hold on text that calibrated nothing.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
 import onnx
 from onnx import numpy_helper
 
-from exporters.onnx_agreement import Agreement
 from exporters.onnx_qdq import Scheme, linear_layers, quantise
 from exporters.onnx_sensitivity import EMBEDDING, Switched
 from exporters.onnx_structure import Structure
 from exporters.onnx_weight_only import insert
+from exporters.targets import Targets
 from exporters.weight_blocks import Layout, covering_grid, quantise_matrix
 from models.errors import GateError, UserError
 
 Form = Literal["weight_only_int8", "float"]
 FLOAT_ACTIVATIONS = 1  # MatMulNBits' accuracy level: fp32 inside, because these layers are here for their activations
 LAYOUT = Layout(bits=8, block=128, symmetric=True)  # as the weight-only artifact's default
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What must hold against fp32; None is not asked for."""
-
-    top1: float | None
-    perplexity_change: float | None
-
-    def missed(self, found: Agreement) -> list[str]:
-        """One phrase for each target that ``found`` misses."""
-        phrases = []
-        if self.top1 is not None and not found.top1 >= self.top1:
-            phrases.append(f"top-1 {found.top1:.4f} is below {self.top1:.4f}")
-        if self.perplexity_change is not None and not found.perplexity_change <= self.perplexity_change:
-            phrases.append(f"perplexity change {found.perplexity_change:+.3%} exceeds {self.perplexity_change:+.3%}")
-        return phrases
 
 
 def named_layers(model: onnx.ModelProto, patterns: Sequence[str]) -> tuple[str, ...]:

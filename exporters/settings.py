@@ -14,7 +14,21 @@ class OnnxSettings(StageSettings):
     greedy_tokens: int = Field(32, ge=1, description="tokens of greedy text that must be identical to PyTorch's")
 
 
-class OnnxInt8Settings(StageSettings):
+class MixedPrecisionSettings(StageSettings):
+    """What a static int8 stage does where all int8 would miss its gate."""
+
+    mixed_precision: bool = Field(
+        True, description="when a target is missed on validation text, the dearest layers leave static int8 until it holds"
+    )
+    least_top1: float | None = Field(
+        None, ge=0, le=1, description="mixed precision's target for first choices equal to fp32's; none: what the artifact's gate says"
+    )
+    largest_perplexity_change: float | None = Field(
+        None, ge=0, description="mixed precision's target against fp32, fraction; none: what the artifact's gate says"
+    )
+
+
+class OnnxInt8Settings(MixedPrecisionSettings):
     """ONNX Runtime static quantisation: QDQ, unsigned activations, signed per-channel weights."""
 
     calibrator: Literal["minmax", "percentile", "entropy", "mse"] = Field("minmax", description="how ranges are chosen")
@@ -33,15 +47,6 @@ class OnnxInt8Settings(StageSettings):
     reduce_range: bool = Field(False, description="7-bit weights, for x86 machines without VNNI")
     keep_float: tuple[str, ...] = Field((), description="layers that stay fp32, by node name or shell pattern; embedding is one of them")
     sensitivity_windows: int = Field(2, ge=1, description="validation windows on which each layer alone is measured")
-    mixed_precision: bool = Field(
-        True, description="when a target is missed on validation text, the most sensitive layers leave int8 until it holds"
-    )
-    least_top1: float | None = Field(
-        None, ge=0, le=1, description="mixed precision's target for first choices equal to fp32's; none: what the artifact's gate says"
-    )
-    largest_perplexity_change: float | None = Field(
-        None, ge=0, description="mixed precision's target against fp32, fraction; none: what the artifact's gate says"
-    )
 
 
 class OnnxDynamicInt8Settings(StageSettings):
@@ -83,7 +88,7 @@ class TfliteSettings(StageSettings):
     max_abs_diff: float = Field(5e-5, gt=0, description="largest allowed difference of logits to PyTorch")
 
 
-class TfliteInt8Settings(StageSettings):
+class TfliteInt8Settings(MixedPrecisionSettings):
     """Static int8 with ai-edge-quantizer, in the form that LiteRT and tflite-runtime both run rightly."""
 
     windows: int = Field(16, ge=1, description="calibration windows fed through prefill and decode")

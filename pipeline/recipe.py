@@ -110,10 +110,12 @@ def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
 
 def with_targets(recipe: Recipe) -> Recipe:
     """The same recipe, in which mixed precision aims at what the artifact's gate will ask for, unless it says itself."""
-    gate, stage = recipe.gates.onnx_static_int8, recipe.onnx_int8
-    aims = {"least_top1": gate.top1, "largest_perplexity_change": gate.perplexity_change}
-    missing = {key: limit for key, limit in aims.items() if getattr(stage, key) is None}
-    return recipe.model_copy(update={"onnx_int8": stage.model_copy(update=missing)})
+    changed = {}
+    for name in ("onnx_int8", "tflite_int8"):
+        stage, gate = getattr(recipe, name), getattr(recipe.gates, ARTIFACT_OF_STAGE[name])
+        aims = {"least_top1": gate.top1, "largest_perplexity_change": gate.perplexity_change}
+        changed[name] = stage.model_copy(update={key: limit for key, limit in aims.items() if getattr(stage, key) is None})
+    return recipe.model_copy(update=changed)
 
 
 def told(error: ValidationError, path: Path | None) -> str:

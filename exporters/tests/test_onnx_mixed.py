@@ -11,11 +11,12 @@ from exporters import onnx_export, onnx_int8
 from exporters.onnx_agreement import compare
 from exporters.onnx_calibration import Feeds
 from exporters.onnx_int8 import static_int8
-from exporters.onnx_mixed import EMBEDDING, Targets, forms_to_try, layers_to_leave, mixed, named_layers, require_mixed
+from exporters.onnx_mixed import EMBEDDING, forms_to_try, layers_to_leave, mixed, named_layers, require_mixed
 from exporters.onnx_qdq import linear_layers
 from exporters.onnx_sensitivity import Switched, sensitivity
 from exporters.onnx_structure import structure_of
 from exporters.settings import OnnxInt8Settings, OnnxSettings
+from exporters.targets import Targets
 from models.errors import GateError, UserError
 
 PLAIN = {"windows": 2, "decode_steps": 4, "rounding": "nearest", "two_step_crest": None}

@@ -20,6 +20,7 @@ from exporters.tflite_coverage import Expected, check_coverage
 from exporters.tflite_edit import is_linear, weight_of, weight_users
 from exporters.tflite_equalise import balanced_rows, clip_bounds, equalise
 from exporters.tflite_logit_range import choose_logit_range, fake_quantised
+from exporters.tflite_mixed import Judge, layer_of, static_layers
 from exporters.tflite_parity import Feeds, agreement
 from exporters.tflite_replay import Replay, replay_all
 from exporters.tflite_structure import operators, read_model, write_model
@@ -32,6 +33,7 @@ SETTINGS = TfliteInt8Settings(windows=4, decode_steps=6)
 def text_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tflite_int8_text")
     np.save(folder / "calibration.npy", np.random.default_rng(0).integers(0, VOCABULARY, (8, 40)).astype(np.int32))
+    np.save(folder / "validation.npy", np.random.default_rng(1).integers(0, VOCABULARY, (4, 40)).astype(np.int32))
     return folder
 
 
@@ -156,16 +158,49 @@ def test_a_static_head_and_a_dynamic_layer(float_folder, text_folder, tmp_path):
     path, windows = tmp_path / "mixed.tflite", np.load(text_folder / "calibration.npy")
     parent = float_folder / "tflite_fp32.tflite"
     layer = next(op.outputs[0].name for op in operators(read_model(parent)) if op.name == "FULLY_CONNECTED").split("/")[-1]
-    calibration = tflite_int8.quantise(TfliteInt8Settings(windows=2, decode_steps=6, dynamic=(layer,)), parent, windows, path)
-    assert calibration.logit_range.high > calibration.logit_range.low
+    settings = TfliteInt8Settings(windows=2, decode_steps=6)
+    prepared = tflite_int8.prepare(settings, parent, windows, tmp_path / "equalised.tflite")
+    chosen = tflite_int8.write(prepared, (layer,), path)
+    assert chosen.logit_range.high > chosen.logit_range.low
     found = operators(read_model(path))
-    expected = Expected(operators(read_model(parent)), calibration.split_layers, (layer,))
+    expected = Expected(operators(read_model(parent)), prepared.split_layers, (layer,))
     named = check_coverage(found, expected, "file").dynamic_linear_layers
     assert 1 <= len(named) <= 3 and "logits" not in " ".join(named)
     with pytest.raises(GateError, match="is not int8: input is float32"):
         check_coverage(found, replace(expected, dynamic=()), "file")
     with pytest.raises(UserError, match="no linear layer has 'down_prj'"):
         tflite_int8.dynamic_patterns(("down_prj",), found)
+
+
+@pytest.mark.parametrize("float_folder", [("llama", True)], indirect=True)
+def test_layers_become_dynamic_until_the_target_holds(float_folder, text_folder, tmp_path):
+    settings = TfliteInt8Settings(windows=2, decode_steps=6, dynamic=(), least_top1=1.0)
+    tflite_int8.run(settings, tmp_path, tflite=float_folder, text=text_folder)
+    measured = json.loads((tmp_path / "tflite_static_int8.json").read_text())["measured"]
+    mixed = measured["mixed_precision"]
+    layers = [cost["name"] for cost in mixed["layers"]]
+    assert [cost["kl"] for cost in mixed["layers"]] == sorted((cost["kl"] for cost in mixed["layers"]), reverse=True)
+    assert [trial["dynamic"] for trial in mixed["trials"][:3]] == [[], layers[:1], layers[:2]]
+    assert all(trial["missed"] for trial in mixed["trials"][:-1])
+    assert mixed["trials"][-1]["kl"] < mixed["trials"][0]["kl"]
+    dynamic = measured["coverage"]["dynamic_linear_layers"]
+    assert {name.split("/")[2] for name in dynamic} >= set(mixed["trials"][-1]["dynamic"]) - {"logits_output"}
+    assert "logits_output" in layers
+
+
+@pytest.mark.parametrize("float_folder", [("llama", True)], indirect=True)
+def test_a_layers_cost_is_that_of_it_alone(float_folder, text_folder, tmp_path):
+    settings, parent = TfliteInt8Settings(windows=2, decode_steps=6), float_folder / "tflite_fp32.tflite"
+    prepared = tflite_int8.prepare(settings, parent, np.load(text_folder / "calibration.npy"), tmp_path / "equalised.tflite")
+    layer = static_layers(prepared.found, ())[0]
+    found = operators(read_model(tflite_int8.write_alone(prepared, layer, tmp_path / "alone.tflite")))
+    linear = [operator for operator in found if operator.name == "FULLY_CONNECTED"]
+    quantised = [operator for operator in linear if operator.inputs[1].dtype == "int8"]
+    assert {layer_of(operator) for operator in quantised} == {layer} and len(quantised) < len(linear)
+    judge = Judge.of(parent, np.load(text_folder / "validation.npy"), 48)
+    alone, everything = tmp_path / "alone.tflite", tmp_path / "all.tflite"
+    tflite_int8.write(prepared, (), everything)
+    assert 0 < judge.alone(alone).kl < judge.alone(everything).kl
 
 
 @pytest.mark.parametrize(
