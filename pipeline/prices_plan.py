@@ -135,7 +135,8 @@ def artifact_rows(quick: bool, artifacts: tuple[str, ...]) -> list[ArtifactRow]:
         ]
         settings = [f"onnx_int8.{choice}" for choice in choices] + ["smooth.alpha=search", "smooth.enabled=false"]
         rows += [of_choice("onnx_static_int8", setting, "onnx_int8.mixed_precision=false") for setting in settings]
-        rows += [of_choice("onnx_weight_only_int4", f"onnx_weight_only_int4.rounding={rounding}") for rounding in ("nearest", "searched")]
+        for choice in ("rounding=nearest", "rounding=searched", "block=32"):
+            rows.append(of_choice("onnx_weight_only_int4", f"onnx_weight_only_int4.{choice}"))
     steps = QUICK_STEPS if quick else FULL_STEPS
     sparse = ("prune.ffn=0", "prune.method=sparsegpt", "prune.sparsity=0.9", *recovery(steps))
     rows += [ArtifactRow(f"{name}, with outliers x40", name, DENSE, outliers=True) for name in ("onnx_static_int8", "tflite_static_int8")]

@@ -75,7 +75,7 @@ CLUSTER_NOTE = (
 def introduction(found: dict) -> str:
     control = row_named(found, "dense, trained on")
     quick = " This is the short form (`QUICK=1`)." if found["quick"] else ""
-    missing = f" Not measured yet: {', '.join(found['left_out'])}." if found["left_out"] else ""
+    missing = f" Not measured yet: {', '.join(dict.fromkeys(found['left_out']))}." if found["left_out"] else ""
     return (
         "# What shrinking costs\n\n"
         f"Made by `make prices` on the demo model.{quick}{missing} Its perplexity is {found['dense_perplexity']:.3f} over "
