@@ -31,6 +31,7 @@ ARTIFACT_COLUMNS = (
     "tokens/s",
     "peak MB",
 )
+LEAST_KL = 1e-6  # what is drawn of less: a logarithm has no zero
 STYLES = {"weights": "o", "pattern": "s", "structure": "^", "clusters": "D", "dense": "*"}
 
 
@@ -189,34 +190,38 @@ def row_named(found: dict, name: str) -> dict:
 
 def plot_downloads(found: dict, path: Path) -> None:
     """Perplexity ratio against the compressed bytes of every model row, with the Pareto front."""
+    figure, axes = pyplot.subplots(figsize=(9, 6))
     points = []
     for row in found["models"]:
         size = row["download_indexed"] if row["kind"] == "clusters" else row["download_int8"]
-        points.append((size / 1e6, row["ratio"], row["kind"], row["recovered"], row["name"]))
-    figure, axes = pyplot.subplots(figsize=(9, 5.5))
-    for size, ratio, kind, recovered, _ in points:
-        axes.plot(size, ratio, STYLES[kind], color="tab:blue" if recovered else "tab:gray", markersize=5)
-    draw_front(axes, [(size, ratio, name) for size, ratio, _, _, name in points])
+        points.append((size / 1e6, row["ratio"], row["name"]))
+        axes.plot(*points[-1][:2], STYLES[row["kind"]], color="tab:blue" if row["recovered"] else "tab:gray", markersize=5)
+    front = pareto_front(points)
+    axes.step([x for x, _, _ in front], [y for _, y, _ in front], where="post", color="tab:red", linewidth=1)
+    name_points(axes, front)
     axes.set(xlabel="download in MB (weights after deflate)", ylabel="perplexity over the dense model's", yscale="log")
     axes.set_title(
-        "Quality against download: circles single weights, squares patterns, triangles structure, diamonds clusters; blue: recovered"
+        "Circles single weights, squares patterns, triangles structure, diamonds clusters, stars dense; blue: recovered", fontsize=9
     )
-    axes.title.set_fontsize(8)
+    axes.margins(y=0.25)
     save(figure, path)
 
 
 def plot_speed(found: dict, path: Path) -> None:
-    """Perplexity against decode speed of every artifact in its runtimes, with the Pareto front."""
+    """KL against decode speed of every artifact in its runtimes, with the Pareto front. Not the rows of other checkpoints."""
+    figure, axes = pyplot.subplots(figsize=(9, 6))
     points = []
     for row in found["artifacts"]:
-        if row["quality"] and row["quality"]["perplexity"] and row["device"]["decode_tokens_per_s"] and not row["outliers"]:
-            points.append((-row["device"]["decode_tokens_per_s"], row["quality"]["perplexity"], f"{row['name']} ({row['runtime']})"))
-    figure, axes = pyplot.subplots(figsize=(9, 5.5))
-    for speed, quality, _ in points:
-        axes.plot(-speed, quality, "o", color="tab:blue", markersize=5)
-    draw_front(axes, points, mirrored=True)
-    axes.set(xlabel="decoded tokens per second, one thread", ylabel="perplexity")
-    axes.set_title("Quality against decode speed")
+        speed, quality = row["device"]["decode_tokens_per_s"], row["quality"] or {}
+        if speed and quality.get("kl") is not None and not row["outliers"]:
+            points.append((-speed, max(quality["kl"], LEAST_KL), f"{row['name']} in {row['runtime']}"))
+            axes.plot(speed, points[-1][1], "o", color="tab:blue", markersize=5)
+    front = [(-x, y, name) for x, y, name in pareto_front(points)]
+    axes.step([x for x, _, _ in front], [y for _, y, _ in front], where="post", color="tab:red", linewidth=1)
+    name_points(axes, front)
+    axes.set(xlabel="decoded tokens per second, one thread", ylabel=f"KL against its fp32 model, nats per token (at least {LEAST_KL:.0e})")
+    axes.set(yscale="log")
+    axes.margins(x=0.15, y=0.15)
     save(figure, path)
 
 
@@ -230,14 +235,10 @@ def pareto_front(points: list[tuple[float, float, str]]) -> list[tuple[float, fl
     return front
 
 
-def draw_front(axes, points: list[tuple[float, float, str]], mirrored: bool = False) -> None:
-    front = pareto_front(points)
-    side = -1 if mirrored else 1
-    axes.step(
-        [side * x for x, _, _ in front], [y for _, y, _ in front], where="post" if not mirrored else "pre", color="tab:red", linewidth=1
-    )
-    for x, y, name in front:
-        axes.annotate(name, (side * x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+def name_points(axes, points: list[tuple[float, float, str]]) -> None:
+    """Names that lean away from the curve, so that near points can be told apart."""
+    for x, y, name in points:
+        axes.annotate(name, (x, y), fontsize=6, rotation=35, xytext=(3, 3), textcoords="offset points")
 
 
 def save(figure, path: Path) -> None:
