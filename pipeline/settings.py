@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models.settings import StageSettings
 
@@ -27,6 +27,13 @@ class PruneSettings(StageSettings):
         0.0, ge=0.0, lt=1.0, description="share of the parameters removed by structure, split among its kinds by measured sensitivity"
     )
     windows: int = Field(32, ge=1, description="calibration windows for every score that looks at activations or gradients")
+
+    @model_validator(mode="after")
+    def nothing_is_ignored(self) -> "PruneSettings":
+        """A choice about single weights says nothing where none are removed."""
+        if self.method == "none" and self.scope == "model":
+            raise ValueError("scope is model but method is none, so it would do nothing; set method or leave scope out")
+        return self
 
 
 class RecoverSettings(StageSettings):

@@ -41,6 +41,11 @@ def test_artifacts_are_known_and_named_once(given):
         load_recipe(None, [f"artifacts={given}"])
 
 
+def test_a_scope_without_a_method_is_not_ignored():
+    with pytest.raises(UserError, match="prune.*method is none"):
+        load_recipe(None, ["prune.scope=model"])
+
+
 def test_all_faults_at_once(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text('[prune]\nsparsity = 1.5\nffn = "half"\ntypo = 1\n[nowhere]\nx = 1\n')
