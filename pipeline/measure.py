@@ -49,10 +49,11 @@ def measure(recipe: Recipe, folders: dict[str, Path], tell: Callable[[str, str],
 
 def with_dearest(result: dict, sidecar: dict) -> dict:
     """The same result; where it failed, each failure also names the layers that cost most, if they were measured."""
-    costs = sidecar["measured"].get("sensitivity")
+    found = (sidecar["measured"].get(part, {}).get("layers") for part in ("sensitivity", "mixed_precision"))
+    costs = next((layers for layers in found if layers), None)
     if result["device"]["passed"] or not costs:
         return result
-    dearest = ", ".join(f"{layer['name']} (KL {layer['kl']:.1e})" for layer in costs["layers"][:NAMED_LAYERS])
+    dearest = ", ".join(f"{layer['name']} (KL {layer['kl']:.1e})" for layer in costs[:NAMED_LAYERS])
     failures = [f"{failure}; dearest layers as int8: {dearest}" for failure in result["device"]["failures"]]
     return {**result, "device": {**result["device"], "failures": failures}}
 
