@@ -7,37 +7,15 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from conftest import VOCABULARY, tiny_model
-from exporters import onnx_export, onnx_int8
+from exporters import onnx_int8
 from exporters.onnx_agreement import compare
 from exporters.onnx_calibration import BINS, Feeds, Histogram, activation_ranges, least_squares_ends, squared_errors
 from exporters.onnx_qdq import Scheme, linear_layers, quantise
 from exporters.onnx_structure import require_int8, structure_of
-from exporters.settings import OnnxInt8Settings, OnnxSettings
+from exporters.settings import OnnxInt8Settings
 
-WINDOW, STEPS = 40, 6
+STEPS = 6
 CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    draws = np.random.default_rng(0)
-    for name, windows in (("calibration", 4), ("validation", 2)):
-        np.save(folder / f"{name}.npy", draws.integers(0, VOCABULARY, (windows, WINDOW), dtype=np.int32))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exports(text, tmp_path_factory):
-    made = {}
-    for family, tied in (("gpt2", True), ("llama", True), ("llama", False)):
-        folder = tmp_path_factory.mktemp(f"{family}-{tied}")
-        tiny_model(family, tied=tied).save_pretrained(folder / "model")
-        (folder / "out").mkdir()
-        onnx_export.run(OnnxSettings(greedy_tokens=1), folder / "out", model=folder / "model", text=text)
-        made[family, tied] = folder / "out"
-    return made
 
 
 def histogram_of(values):

@@ -7,39 +7,18 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from conftest import VOCABULARY, tiny_model
-from exporters import onnx_dynamic_int8, onnx_export
+from conftest import VOCABULARY
+from exporters import onnx_dynamic_int8
 from exporters.artifact import sha256_of
 from exporters.onnx_qdq import linear_layers
 from exporters.onnx_session import empty_past, open_session, run_tokens
 from exporters.onnx_structure import require_int8, structure_of
-from exporters.settings import OnnxDynamicInt8Settings, OnnxSettings
+from exporters.settings import OnnxDynamicInt8Settings
+from exporters.tests.conftest import CASES, WINDOW
 from models.errors import GateError
 
-WINDOW = 40
-CASES = [("llama", True), ("llama", False), ("qwen3", True), ("gpt2", True)]
 LINEAR_PER_LAYER = {"llama": 5, "qwen3": 7, "gpt2": 4}
 FILE = "onnx_dynamic_int8.onnx"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    np.save(folder / "calibration.npy", np.random.default_rng(0).integers(0, VOCABULARY, (4, WINDOW), dtype=np.int32))
-    np.save(folder / "validation.npy", np.random.default_rng(1).integers(0, VOCABULARY, (2, WINDOW), dtype=np.int32))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exports(text, tmp_path_factory):
-    made = {}
-    for family, tied in CASES:
-        folder = tmp_path_factory.mktemp(f"{family}-{tied}")
-        tiny_model(family, tied=tied).save_pretrained(folder / "model")
-        (folder / "out").mkdir()
-        onnx_export.run(OnnxSettings(greedy_tokens=1), folder / "out", model=folder / "model", text=text)
-        made[family, tied] = folder / "out"
-    return made
 
 
 @pytest.fixture(scope="module")

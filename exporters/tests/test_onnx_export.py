@@ -22,24 +22,6 @@ TOLERANCE = 5e-5
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Random windows as the text stage writes them."""
-    folder = tmp_path_factory.mktemp("text")
-    draws = np.random.default_rng(0)
-    for name, windows in (("calibration", 6), ("validation", 2)):
-        np.save(folder / f"{name}.npy", draws.integers(0, VOCABULARY, (windows, 40), dtype=np.int32))
-    return folder
-
-
 def unsettle(model: torch.nn.Module) -> torch.nn.Module:
     """Random biases and norm weights: fresh models have 0 and 1 there, which hides a bias dropped or a norm's weight lost."""
     draws = torch.Generator().manual_seed(1)

@@ -6,10 +6,9 @@ import weakref
 import numpy as np
 import onnx
 import pytest
-import torch
 
-from conftest import VOCABULARY, tiny_model
-from exporters import onnx_export, onnx_int8
+from conftest import VOCABULARY
+from exporters import onnx_int8
 from exporters.artifact import sha256_of
 from exporters.onnx_agreement import compare, require_live
 from exporters.onnx_calibration import (
@@ -27,43 +26,15 @@ from exporters.onnx_qdq import Scheme, linear_layers, quantise
 from exporters.onnx_rounding import compensated_rounding, gram_matrices, groups_of
 from exporters.onnx_session import empty_past, feed, open_session, run_tokens
 from exporters.onnx_structure import require_int8, structure_of
-from exporters.settings import OnnxInt8Settings, OnnxSettings
+from exporters.settings import OnnxInt8Settings
+from exporters.tests.conftest import CASES as SHARED_CASES
+from exporters.tests.conftest import WINDOW
 from models.errors import GateError, UserError
 
-WINDOW, STEPS = 40, 6
+STEPS = 6
 SETTINGS = OnnxInt8Settings(windows=4, decode_steps=STEPS)
-CASES = [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", True), ("gpt2", True)]
+CASES = [*SHARED_CASES, ("qwen2", True)]
 LINEAR_PER_LAYER = {"llama": 5, "qwen2": 5, "qwen3": 7, "gpt2": 4}  # packed q, k and v are one; the head comes on top
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    draws = np.random.default_rng(0)
-    for name, windows in (("calibration", 6), ("validation", 2)):
-        np.save(folder / f"{name}.npy", draws.integers(0, VOCABULARY, (windows, WINDOW), dtype=np.int32))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exports(text, tmp_path_factory):
-    """The fp32 stage's folder by family and tied."""
-    made = {}
-    for family, tied in CASES:
-        folder = tmp_path_factory.mktemp(f"{family}-{tied}")
-        tiny_model(family, tied=tied).save_pretrained(folder / "model")
-        (folder / "out").mkdir()
-        onnx_export.run(OnnxSettings(greedy_tokens=1), folder / "out", model=folder / "model", text=text)
-        made[family, tied] = folder / "out"
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from conftest import VOCABULARY, tiny_model
-from exporters import onnx_export, onnx_int8
+from exporters import onnx_int8
 from exporters.onnx_agreement import compare
 from exporters.onnx_calibration import Feeds
 from exporters.onnx_int8 import static_int8
@@ -15,32 +14,18 @@ from exporters.onnx_mixed import EMBEDDING, forms_to_try, layers_to_leave, mixed
 from exporters.onnx_qdq import linear_layers
 from exporters.onnx_sensitivity import Switched, sensitivity
 from exporters.onnx_structure import structure_of
-from exporters.settings import OnnxInt8Settings, OnnxSettings
+from exporters.settings import OnnxInt8Settings
 from exporters.targets import Targets
+from exporters.tests.conftest import CASES
 from models.errors import GateError, UserError
 
 PLAIN = {"windows": 2, "decode_steps": 4, "rounding": "nearest", "two_step_crest": None}
-CASES = [("llama", True), ("llama", False), ("qwen3", True), ("gpt2", True)]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    draws = np.random.default_rng(0)
-    for name, windows in (("calibration", 2), ("validation", 2)):
-        np.save(folder / f"{name}.npy", draws.integers(0, VOCABULARY, (windows, 32), dtype=np.int32))
-    return folder
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
-def made(request, text, tmp_path_factory):
+def made(request, text, exports):
     """fp32 graph's path, its model, its plain static int8 form, the scheme, and the validation windows."""
-    family, tied = request.param
-    folder = tmp_path_factory.mktemp(f"{family}-{tied}")
-    tiny_model(family, tied=tied).save_pretrained(folder / "model")
-    (folder / "out").mkdir()
-    onnx_export.run(OnnxSettings(greedy_tokens=1), folder / "out", model=folder / "model", text=text)
-    source = folder / "out" / "onnx_fp32.onnx"
+    source = exports[request.param] / "onnx_fp32.onnx"
     model = onnx.load(source)
     quantised, scheme = static_int8(model, Feeds(np.load(text / "calibration.npy"), 4), OnnxInt8Settings(**PLAIN))
     return source, model, quantised, scheme, np.load(text / "validation.npy")

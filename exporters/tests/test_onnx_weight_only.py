@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from conftest import VOCABULARY, tiny_model
-from exporters import onnx_export, onnx_weight_only, onnx_weight_only_int4, onnx_weight_only_int8
+from conftest import VOCABULARY
+from exporters import onnx_weight_only, onnx_weight_only_int4, onnx_weight_only_int8
 from exporters.artifact import sha256_of
 from exporters.onnx_calibration import Feeds
 from exporters.onnx_files import ONE_FILE_BYTES, save_one_file
@@ -16,7 +16,8 @@ from exporters.onnx_qdq import linear_layers
 from exporters.onnx_rounding import gram_matrices
 from exporters.onnx_session import empty_past, open_session, run_tokens
 from exporters.onnx_structure import require_blocks, structure_of
-from exporters.settings import OnnxSettings, OnnxWeightOnlyInt4Settings, OnnxWeightOnlyInt8Settings
+from exporters.settings import OnnxWeightOnlyInt4Settings, OnnxWeightOnlyInt8Settings
+from exporters.tests.conftest import CASES, WINDOW
 from exporters.weight_blocks import (
     Layout,
     covering_grid,
@@ -28,32 +29,8 @@ from exporters.weight_blocks import (
 )
 from models.errors import GateError, UserError
 
-WINDOW = 40
-CASES = [("llama", True), ("llama", False), ("qwen3", True), ("gpt2", True)]
 LINEAR_PER_LAYER = {"llama": 5, "qwen3": 7, "gpt2": 4}  # packed q, k and v are one; the head comes on top
 LAYOUTS = [Layout(8, 32, True), Layout(8, 16, False), Layout(4, 16, False), Layout(4, 32, True)]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    draws = np.random.default_rng(0)
-    for name, windows in (("calibration", 6), ("validation", 2)):
-        np.save(folder / f"{name}.npy", draws.integers(0, VOCABULARY, (windows, WINDOW), dtype=np.int32))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exports(text, tmp_path_factory):
-    """The fp32 stage's folder by family and tied."""
-    made = {}
-    for family, tied in CASES:
-        folder = tmp_path_factory.mktemp(f"{family}-{tied}")
-        tiny_model(family, tied=tied).save_pretrained(folder / "model")
-        (folder / "out").mkdir()
-        onnx_export.run(OnnxSettings(greedy_tokens=1), folder / "out", model=folder / "model", text=text)
-        made[family, tied] = folder / "out"
-    return made
 
 
 VARIANTS = {
