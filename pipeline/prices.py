@@ -61,7 +61,7 @@ def measure_prices(prices: Prices, tell: Tell) -> dict:
     models.insert(1, priced_control(base, steps, prices, dense, tell))
     artifacts = [entry for row in wanted_artifacts if row not in left_out for entry in priced_artifact(row, prices, tell)]
     return {
-        "left_out": [row.name for row in left_out],
+        "left_out": [row.name + (" recovered" if getattr(row, "recovered", False) else "") for row in left_out],
         "quick": prices.quick,
         "recovery_steps": steps,
         "recovery_tokens": steps * BATCH_WINDOWS * RecoverSettings().window_tokens,
