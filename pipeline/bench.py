@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from device_tests.local import LocalRun, child_environment, run_local
+from device_tests.devices.local import Run, child_environment, run_local
 from models.errors import GateError
 from pipeline.measure import runtimes_of
 from pipeline.report import read_json, sidecar_path
@@ -57,7 +57,7 @@ def bench(folders: dict[str, Path], plan: BenchPlan, tell: Callable[[str, str], 
                     if sidecar is None:
                         timing = time_torch(folders["smooth"], prompt, threads, plan)
                     else:
-                        run = LocalRun(runtime=runtime, threads=threads, decode_tokens=plan.decode_tokens)
+                        run = Run(runtime=runtime, threads=threads, decode_tokens=plan.decode_tokens)
                         timing = timed(run_local(sidecar, folders["golden"], run))
                     found.setdefault((label, threads), []).append(timing)
     bytes_of = {TORCH: sum(file.stat().st_size for file in folders["smooth"].glob("*.safetensors"))}

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from device_tests.devices.local import Run, run_local
 from device_tests.gates import Gates as DeviceGates
-from device_tests.local import LocalRun, run_local
 from device_tests.sessions import RUNTIMES
 from pipeline.recipe import Recipe
 from pipeline.report import read_json, sidecar_path
@@ -41,7 +41,7 @@ def measure(recipe: Recipe, folders: dict[str, Path], tell: Callable[[str, str],
         gates = DeviceGates(**getattr(recipe.gates, name).model_dump())
         for runtime in runtimes_of(read_json(sidecar)):
             tell(f"{name} in {runtime}", "runs")
-            run = LocalRun(runtime=runtime, threads=recipe.device.threads, gates=gates, quality=True)
+            run = Run(runtime=runtime, threads=recipe.device.threads, gates=gates, quality=True)
             results.append(with_dearest(run_local(sidecar, folders["golden"], run), read_json(sidecar)))
             tell(f"{name} in {runtime}", "passed" if results[-1]["device"]["passed"] else "FAILED")
     return results
@@ -68,7 +68,7 @@ def measure_bundle(path: Path, tell: Callable[[str, str], None], threads: int = 
         for artifact in manifest.artifacts:
             for runtime in (device.runtime for device in artifact.runtimes):
                 tell(f"{artifact.name} in {runtime}", "runs")
-                run = LocalRun(runtime=runtime, threads=threads, gates=DeviceGates(**artifact.gates))
+                run = Run(runtime=runtime, threads=threads, gates=DeviceGates(**artifact.gates))
                 results.append(run_local(folder / artifact.sidecar, folder / "golden", run))
     return results
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from device_tests.devices.local import Run, run_local
 from device_tests.gates import Gates
-from device_tests.local import LocalRun, run_local
 from models.checkpoint import load_model, save_model
 from models.progress import track
 from pipeline.compressed import deflated_bytes
@@ -167,9 +167,9 @@ def priced_artifact(row: ArtifactRow, prices: Prices, tell: Tell) -> list[dict]:
     return entries
 
 
-def in_runtime(runtime: str) -> LocalRun:
+def in_runtime(runtime: str) -> Run:
     """Measured, not judged: a price that is too high is a price too."""
-    return LocalRun(runtime=runtime, threads=1, gates=Gates(), quality=True)
+    return Run(runtime=runtime, threads=1, gates=Gates(), quality=True)
 
 
 def with_outliers(work: Path) -> Path:

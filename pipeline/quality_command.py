@@ -15,8 +15,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from device_tests.artifact import read_artifact
+from device_tests.devices.local import Run, child_environment, run_local
 from device_tests.errors import DeviceTestError
-from device_tests.local import LocalRun, child_environment, run_local
 from device_tests.quality import TokenScores, read_scores
 from device_tests.sessions import RUNTIMES
 from device_tests.vectors import read_rows
@@ -155,7 +155,7 @@ def result_of(candidate: Candidate, reference: Reference, options: QualityOption
         if candidate.runtime == PYTORCH:
             entry["failures"] = run_torch(candidate, reference, options.threads, tokens)
         else:
-            run = LocalRun(candidate.runtime, options.threads, quality=True, tokens=tokens, timing=False)
+            run = Run(candidate.runtime, options.threads, quality=True, tokens=tokens, timing=False)
             device = run_local(candidate.path, reference.folder, run)["device"]
             entry |= {"runtime_version": device["runtime_version"], "failures": device["failures"]}
         scored = described(read_scores(tokens), reference, options, tokenizer) if tokens.is_file() else None

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from device_tests.devices.local import Run, run_local
 from device_tests.gates import Gates
-from device_tests.local import LocalRun, run_local
 from device_tests.sessions import RUNTIMES
 from models.errors import GateError, UserError
 from pipeline.contents import BROKEN, Contents, opened, read, unpacked
@@ -169,7 +169,7 @@ def replayed(folder: Path, manifest: Manifest, threads: int) -> tuple[tuple[Repl
             if importlib.util.find_spec(library.split(".")[0]) is None:
                 missing.add(runtime)
                 continue
-            run = LocalRun(runtime, threads, Gates(**artifact.gates), timing=False)
+            run = Run(runtime, threads, Gates(**artifact.gates), timing=False)
             device = run_local(folder / artifact.sidecar, folder / "golden", run)["device"]
             passed, failures = device["passed"], tuple(device["failures"])
             found.append(Replay(artifact.name, runtime, passed, failures, device.get("max_abs_diff"), device.get("top1")))

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from device_tests.devices.local import PACKAGE_ROOT, Run, run_local
 from device_tests.errors import ArtifactFailure, DeviceTestError
 from device_tests.gates import Gates
-from device_tests.local import PACKAGE_ROOT, LocalRun, run_local
 from device_tests.sessions import import_runtime, open_session
 from device_tests.tests.toy import CONTEXT, VOCABULARY, ToyModel, write_onnx, write_vectors
 
@@ -67,7 +67,7 @@ def assert_sound(result: dict) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_onnxruntime_runs_the_toy(folder, threads):
-    result = run_local(folder / "toy.json", folder, LocalRun("onnxruntime", threads, STRICT, quality=True, decode_tokens=64))
+    result = run_local(folder / "toy.json", folder, Run("onnxruntime", threads, STRICT, quality=True, decode_tokens=64))
     assert_sound(result)
     assert result["device"]["threads"] == threads
 
@@ -75,7 +75,7 @@ def test_onnxruntime_runs_the_toy(folder, threads):
 @pytest.mark.parametrize("runtime", ["litert", "tflite"])
 def test_tflite_runtimes_run_the_toy(folder, tflite_sidecar, runtime):
     """Prompts of 11 tokens in chunks of 8, and of 5: a full chunk, a padded one and a short one."""
-    run = LocalRun(runtime, 1, STRICT, quality=True, decode_tokens=64)
+    run = Run(runtime, 1, STRICT, quality=True, decode_tokens=64)
     assert_sound(run_local(tflite_sidecar, folder, run))
 
 
@@ -152,7 +152,7 @@ def stand_in(tmp_path, monkeypatch):
 def test_however_the_child_ends_a_failed_result_comes_back(folder, stand_in, source, words):
     stand_in(source)
     timeout_s = 1.0 if "sleep" in source else 60.0
-    result = run_local(folder / "toy.json", folder, LocalRun("onnxruntime", timeout_s=timeout_s))
+    result = run_local(folder / "toy.json", folder, Run("onnxruntime", timeout_s=timeout_s))
     assert not result["device"]["passed"] and result["quality"] is None and result["artifact"] == "toy"
     assert len(result["device"]["failures"]) == 1
     assert re.search(words, result["device"]["failures"][0])

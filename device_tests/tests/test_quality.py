@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from device_tests.devices.local import Run, run_local
 from device_tests.errors import ArtifactFailure, DeviceTestError
 from device_tests.gates import Gates
-from device_tests.local import LocalRun, run_local
 from device_tests.quality import evaluate, rank, read_scores, score, score_session, summary, write_scores
 from device_tests.tests.toy import INTERFACE, VOCABULARY, NumpySession, ToyModel, write_onnx, write_vectors
 from device_tests.vectors import open_evaluation
@@ -118,7 +118,7 @@ def test_ids_of_another_vocabulary_are_told(evaluation):
 def test_a_process_of_its_own_leaves_the_tokens_and_the_usual_result(golden, tmp_path, evaluation):
     """The ONNX toy in ONNX Runtime; the same numbers as the toy in numpy, whose top-1 no rounding decides."""
     sidecar = write_onnx(OTHER, tmp_path / "toy.onnx")
-    result = run_local(sidecar, golden, LocalRun("onnxruntime", gates=Gates(), timing=False, tokens=tmp_path / "tokens.npz"))
+    result = run_local(sidecar, golden, Run("onnxruntime", gates=Gates(), timing=False, tokens=tmp_path / "tokens.npz"))
     found, expected = read_scores(tmp_path / "tokens.npz"), score_session(NumpySession(OTHER), evaluation)
     for name in NAMES:
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=2e-4)

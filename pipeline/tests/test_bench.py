@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from device_tests.local import child_environment
+from device_tests.devices.local import child_environment
 from models.errors import GateError
 from pipeline.bench import BENCH_COLUMNS, TORCH, bench_rows, missed, row_of, timed
 

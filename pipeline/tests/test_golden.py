@@ -14,8 +14,8 @@ from hypothesis.extra.numpy import arrays
 from conftest import VOCABULARY
 from device_tests.artifact import Interface
 from device_tests.check import CheckOptions
+from device_tests.devices.local import Run, run_local
 from device_tests.gates import Gates, judge
-from device_tests.local import LocalRun, run_local
 from device_tests.quality import evaluate
 from device_tests.replay import replay
 from device_tests.vectors import open_evaluation, open_golden
@@ -143,7 +143,7 @@ def test_the_onnx_export_passes_in_its_own_runtime(stage, tmp_path):
     """The road from PyTorch through a file and another runtime back to the same numbers."""
     onnx_export.run(OnnxSettings(), tmp_path, model=stage["exported"], text=stage["text"])
     gates = Gates(perplexity_change=1e-4, top1=1.0, kl=1e-5, max_abs_diff=5e-5)
-    local = LocalRun("onnxruntime", gates=gates, quality=True, decode_tokens=64)
+    local = Run("onnxruntime", gates=gates, quality=True, decode_tokens=64)
     result = run_local(tmp_path / "onnx_fp32.json", stage["out"], local)
     assert result["device"]["passed"], result["device"]["failures"]
     assert result["device"]["greedy_prefix"] == 10 and len(result["device"]["decode_ms"]) == 64

@@ -1,0 +1,56 @@
+"""The machines that artifacts are tested on, driven from the one that builds. Python and its standard library only.
+
+``local`` is this machine, ``arm64`` an emulated one, ``ssh://`` a board, ``adb://`` a phone. ``open_device`` gives each of them as
+the same thing: something that takes a job and gives back a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
+from typing import Any, Protocol
+
+from device_tests.devices.job import Job
+from device_tests.errors import DeviceTestError
+
+Tell = Callable[[str, str], None]
+# how an address begins -> the module that opens it, imported when it is wanted
+DRIVERS = {
+    "local": "device_tests.devices.local",
+    "arm64": "device_tests.devices.emulated",
+    "avx2": "device_tests.devices.emulated",
+    "ssh": "device_tests.devices.ssh",
+    "adb": "device_tests.devices.adb",
+}
+FORMS = "local, arm64, arm64?cpu=cortex-a72, avx2, ssh://user@host[:port][?threads=4] or adb://serial"
+
+
+class Device(Protocol):
+    """An open device. ``board`` is what ``device_tests.board`` says of it, None where that cannot be asked.
+
+    ``emulated``: numbers are right there, times mean nothing. ``threads`` overrides the jobs' number, None leaves it.
+    """
+
+    name: str
+    emulated: bool
+    threads: int | None
+    board: dict[str, Any] | None
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """The job's result, whatever became of it. DeviceTestError only when the device itself is lost."""
+
+
+class DeviceUnavailable(DeviceTestError):
+    """The device cannot be used, or was lost: nothing is known of the artifacts there. Exit code 2."""
+
+
+@contextmanager
+def open_device(address: str, tell: Tell) -> Iterator[Device]:
+    """Open the device at ``address`` and leave nothing behind on it. DeviceUnavailable says why it cannot be used."""
+    scheme = address.split("://")[0].split("?")[0]
+    if scheme not in DRIVERS:
+        raise DeviceTestError(f"device {address}: no such kind; give {FORMS}")
+    opened: AbstractContextManager[Device] = import_module(DRIVERS[scheme]).open_at(address, tell)
+    with opened as device:
+        yield device
