@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from device_tests.check import CheckOptions, check
+from device_tests.check import PROMPTS, CheckOptions, check
 from device_tests.errors import DeviceTestError
 from device_tests.gates import Gates, read_gates
 from device_tests.result import write_result
@@ -25,9 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
             threads=given.threads,
             gates=read_gates(given.gates) if given.gates else Gates(),
             quality=given.quality or given.tokens is not None,
+            windows=given.windows,
             tokens=given.tokens,
+            answers=given.answers,
             timing=not given.no_timing,
-            prompt_tokens=given.prompt_tokens,
+            prompts=tuple(given.prompt_tokens or PROMPTS),
             decode_tokens=given.decode_tokens,
             device=given.device,
         )
@@ -59,8 +61,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--gates", type=Path, help='JSON with limits, such as {"top1": 0.99, "max_abs_diff": null}')
     command.add_argument("--quality", action="store_true", help="also score perplexity, KL and top-1 on evaluation.npz")
     command.add_argument("--tokens", type=Path, help="also write the numbers of every scored token, as .npz; implies --quality")
+    command.add_argument("--windows", type=int, help="score so many evaluation windows for --answers alone, without --quality")
+    command.add_argument("--answers", type=Path, help="also write what other devices are compared by, as .npz")
     command.add_argument("--no-timing", action="store_true", help="replay only; no times and no memory")
-    command.add_argument("--prompt-tokens", type=int, help="length of the timed prompt (default: that of the golden prompts)")
+    command.add_argument(
+        "--prompt-tokens", type=int, action="append", help=f"prompt length to time beside the golden one's; may be given again {PROMPTS}"
+    )
     command.add_argument("--decode-tokens", type=int, default=CheckOptions.decode_tokens, help="single tokens timed (default %(default)s)")
     command.add_argument("--device", default=CheckOptions.device, help="name of this device in the result (default %(default)s)")
     return command

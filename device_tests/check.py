@@ -3,49 +3,62 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
 
+from device_tests.answers import Choices, write_answers
 from device_tests.artifact import Artifact, read_artifact
+from device_tests.cold_load import cold_load_ms
 from device_tests.errors import ArtifactFailure, DeviceTestError
 from device_tests.gates import Gates, judge
 from device_tests.quality import Quality, score_session, summary, write_scores
-from device_tests.replay import replay
+from device_tests.replay import Replay, replay
 from device_tests.result import DeviceRecord, environment, quality_record, replay_fields, timing_fields
 from device_tests.sessions import Session, import_runtime, open_artifact
 from device_tests.timing import measure
 from device_tests.vectors import Vectors, open_evaluation, open_golden, read_rows
 
+PROMPTS = (16, 64, 256)  # tokens; timed beside the golden prompt's length where the context holds them
+
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What to do. ``prompt_tokens`` None times the golden prompt's length; ``timing`` False only replays.
+    """What to do. ``prompts`` are lengths to time beside the golden prompt's; ``timing`` False only replays.
 
-    ``tokens`` is the .npz that every scored token goes to; it needs ``quality``.
+    ``tokens`` is the .npz that every scored token goes to; it needs ``quality``. ``windows`` bounds the evaluation windows that
+    are scored; then ``quality`` is not told, because it is no whole one, and they serve ``answers`` alone: the .npz that other
+    devices are compared by.
     """
 
     runtime: str
     threads: int = 1
     gates: Gates = Gates()
     quality: bool = False
+    windows: int | None = None
     tokens: Path | None = None
+    answers: Path | None = None
     timing: bool = True
-    prompt_tokens: int | None = None
+    prompts: tuple[int, ...] = PROMPTS
     decode_tokens: int = 128
     device: str = "local"
 
 
 def check(sidecar: Path, golden: Path, options: CheckOptions) -> dict[str, Any]:
     """The result as JSON values; ``device.passed`` is the verdict. DeviceTestError for a person's mistake."""
+    if options.windows is not None and (options.answers is None or options.windows < 1):
+        raise DeviceTestError(f"{options.windows} evaluation windows serve a comparison only; give 1 or more, and --answers")
     artifact = read_artifact(sidecar)
     vectors = open_golden(golden, artifact.interface)
-    if options.quality:
+    if options.quality or options.windows is not None:
         open_evaluation(golden, artifact.interface)  # a fault in it is told before the long work
     version = import_runtime(options.runtime)
-    return check_artifact(artifact, vectors, options, version, lambda: open_artifact(artifact, options.runtime, options.threads))
+    cold_ms = cold_load_ms(sidecar, options.runtime, options.threads) if options.timing else None
+    result = check_artifact(artifact, vectors, options, version, lambda: open_artifact(artifact, options.runtime, options.threads))
+    result["device"]["load_cold_ms"] = cold_ms
+    return result
 
 
 def check_artifact(artifact: Artifact, golden: Vectors, options: CheckOptions, version: str, load: Callable[[], Session]) -> dict[str, Any]:
@@ -57,7 +70,7 @@ def check_artifact(artifact: Artifact, golden: Vectors, options: CheckOptions, v
         session = _load_and_time(golden, options, load, fields)
         replayed = replay(session, golden)
         fields.update(replay_fields(replayed))
-        quality = _score(session, open_evaluation(golden.path.parent, artifact.interface), options) if options.quality else None
+        quality = _score(session, artifact, golden, replayed, options)
         failures = judge(options.gates, replayed, quality)
     except ArtifactFailure as failure:
         failures = [" ".join(str(failure).split())]
@@ -80,22 +93,29 @@ def check_artifact(artifact: Artifact, golden: Vectors, options: CheckOptions, v
     }
 
 
-def _score(session: Session, evaluation: Vectors, options: CheckOptions) -> Quality:
-    """Quality over the evaluation windows; every token goes to ``options.tokens`` where that is wanted."""
-    scores = score_session(session, evaluation)
-    if options.tokens is not None:
+def _score(session: Session, artifact: Artifact, golden: Vectors, replayed: Replay, options: CheckOptions) -> Quality | None:
+    """Quality over all evaluation windows, if wanted; tokens and answers go to the files that are wanted."""
+    answers, scores = replayed.answers, None
+    if options.quality or options.windows is not None:
+        choices = Choices()
+        evaluation = open_evaluation(golden.path.parent, artifact.interface)
+        scores = score_session(session, evaluation, choices, options.windows)
+        chosen = np.array(choices.rows, dtype=np.int32).reshape(scores.nll.shape)
+        answers = replace(answers, choice=chosen, nll=scores.nll, evaluated=True)
+    if options.answers is not None:
+        write_answers(options.answers, answers)
+    if scores is not None and options.tokens is not None:
         write_scores(options.tokens, scores)
-    return summary(scores)
+    return summary(scores) if scores is not None and options.windows is None else None
 
 
 def _load_and_time(golden: Vectors, options: CheckOptions, load: Callable[[], Session], fields: dict[str, Any]) -> Session:
     """Open the artifact, timed or not; ``fields`` takes what was measured."""
     if not options.timing:
         return load()
-    window = next(read_rows(golden, ("windows",)))["windows"]
-    wanted = golden.prompt_tokens if options.prompt_tokens is None else options.prompt_tokens
-    if wanted < 1 or options.decode_tokens < 1:
+    if min(options.prompts, default=1) < 1 or options.decode_tokens < 1:
         raise DeviceTestError("nothing to time; give at least one prompt token and one decode token")
-    session, timing = measure(load, np.resize(window, wanted), options.decode_tokens)
+    window = next(read_rows(golden, ("windows",)))["windows"]
+    session, timing = measure(load, window[: golden.prompt_tokens], options.decode_tokens, options.prompts)
     fields.update(timing_fields(timing))
     return session

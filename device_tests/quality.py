@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 
+from device_tests.answers import Choices
 from device_tests.errors import DeviceTestError
 from device_tests.replay import Place, each_logits, refuse_broken
 from device_tests.sessions import Session
@@ -58,19 +60,23 @@ def evaluate(session: Session, evaluation: Vectors) -> Quality:
     return summary(score_session(session, evaluation))
 
 
-def score_session(session: Session, evaluation: Vectors) -> TokenScores:
-    """Every token of ``evaluation`` in a session: the prompt by prefill, the rest step by step. ArtifactFailure for broken logits."""
+def score_session(session: Session, evaluation: Vectors, choices: Choices | None = None, windows: int | None = None) -> TokenScores:
+    """Every token of ``evaluation`` in a session: the prompt by prefill, the rest step by step. ArtifactFailure for broken logits.
+
+    ``choices`` notes the first choices; ``windows`` bounds how many windows are scored.
+    """
 
     def answers(window: np.ndarray, scored: int) -> Iterable[np.ndarray]:
-        return each_logits(session, window, evaluation.prompt_tokens, scored)
+        rows = each_logits(session, window, evaluation.prompt_tokens, scored)
+        return rows if choices is None else choices.of(rows)
 
-    return score(answers, evaluation, session.interface.vocab_size)
+    return score(answers, evaluation, session.interface.vocab_size, windows)
 
 
-def score(answers: Answers, evaluation: Vectors, vocab_size: int) -> TokenScores:
+def score(answers: Answers, evaluation: Vectors, vocab_size: int, windows: int | None = None) -> TokenScores:
     """As ``score_session``, for whatever gives logits: row i of ``answers`` belongs to token ``prompt_tokens + i``."""
     columns: dict[str, list] = {field.name: [] for field in fields(TokenScores) if field.name != "prompt_tokens"}
-    for index, row in enumerate(read_rows(evaluation, ROWS)):
+    for index, row in enumerate(islice(read_rows(evaluation, ROWS), windows)):
         if row["top_ids"].min() < 0 or row["top_ids"].max() >= vocab_size:
             raise DeviceTestError(f"{evaluation.path}: token ids outside the vocabulary; it was made for another model")
         scored = _score_window(answers, row, evaluation.prompt_tokens, index)

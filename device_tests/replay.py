@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from device_tests.answers import Answers, golden_answers
 from device_tests.errors import ArtifactFailure
 from device_tests.sessions import Session
 from device_tests.token_statistics import Estimate, broken_logits, kl_full, log_softmax, mean_estimate
@@ -25,7 +26,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Replay:
-    """Agreement with the reference on the golden vectors. ``kl`` in nats per token; ``worst`` is where ``max_abs_diff`` was."""
+    """Agreement with the reference on the golden vectors. ``kl`` in nats per token; ``worst`` is where ``max_abs_diff`` was.
+
+    ``answers`` are the logits themselves.
+    """
 
     max_abs_diff: float
     worst: Place
@@ -34,6 +38,7 @@ class Replay:
     tokens: int
     greedy_prefixes: list[int]
     greedy_tokens: int
+    answers: Answers
 
     @property
     def greedy_prefix(self) -> int:
@@ -44,13 +49,15 @@ class Replay:
 def replay(session: Session, golden: Vectors) -> Replay:
     """Teacher-forced logits against the golden ones, then free-running greedy text. ArtifactFailure for broken logits."""
     prompt_tokens = golden.prompt_tokens
-    differences, divergences, agreements = [], [], []
+    differences, divergences, agreements, answered, windows = [], [], [], [], []
     for window, row in enumerate(read_rows(golden, ("windows", "logits"))):
         logits = teacher_forced(session, row["windows"], prompt_tokens, len(row["logits"]), window)
         reference = row["logits"]  # [scored, vocab]
         differences.append(np.abs(logits - reference).max(axis=1))
         divergences.append(kl_full(log_softmax(reference), log_softmax(logits)))
         agreements.append(logits.argmax(axis=1) == reference.argmax(axis=1))
+        answered.append(logits)
+        windows.append(row["windows"])
     difference = np.stack(differences)  # [windows, scored]
     window, token = np.unravel_index(int(difference.argmax()), difference.shape)
     prefixes, length = greedy_prefixes(session, golden)
@@ -62,6 +69,7 @@ def replay(session: Session, golden: Vectors) -> Replay:
         tokens=difference.size,
         greedy_prefixes=prefixes,
         greedy_tokens=length,
+        answers=golden_answers(np.stack(answered), np.stack(windows), prompt_tokens),
     )
 
 

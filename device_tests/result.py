@@ -23,7 +23,10 @@ class DeviceRecord:
     """One row of a report's ``devices``. Times in ms, memory in MB (10^6 bytes), None where not measured or not reached.
 
     ``greedy_prefix`` of ``greedy_tokens`` is the shortest of ``greedy_prefixes``; ``max_abs_diff``, ``kl`` and ``top1`` are on
-    ``golden_tokens`` golden tokens. ``load_ms`` is with the file in the page cache and the runtime's library imported.
+    ``golden_tokens`` golden tokens. ``load_ms`` is with the file in the page cache and the runtime's library imported,
+    ``load_cold_ms`` with the file on storage only. ``first_token_ms`` is after a prompt of ``prompt_tokens``; ``prompts`` has all
+    lengths that were timed. ``conditions`` are temperature, clock and governor ``before``, ``during`` and ``after``; ``emulated``:
+    no real processor of this kind, so nothing was timed. ``notes`` say what a reader must know of these numbers.
     """
 
     device: str
@@ -31,11 +34,14 @@ class DeviceRecord:
     runtime: str
     runtime_version: str | None
     threads: int
+    emulated: bool = False
+    load_cold_ms: float | None = None
     load_ms: float | None = None
     first_token_ms: float | None = None
     first_token_cold_ms: float | None = None
     first_token_samples_ms: list[float] = field(default_factory=list)
     prompt_tokens: int | None = None
+    prompts: list[dict[str, Any]] = field(default_factory=list)
     decode_ms_p50: float | None = None
     decode_ms_p90: float | None = None
     decode_ms_p99: float | None = None
@@ -53,6 +59,8 @@ class DeviceRecord:
     greedy_prefixes: list[int] = field(default_factory=list)
     greedy_tokens: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    conditions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     passed: bool = False
     failures: list[str] = field(default_factory=list)
 
@@ -73,13 +81,25 @@ def environment() -> dict[str, str]:
 def timing_fields(timing: Timing) -> dict[str, Any]:
     """The record's fields that come from timing."""
     p50, p90, p99 = (float(value) for value in np.percentile(timing.decode_ms, (50, 90, 99)))
+    throttled = [when for when, state in timing.conditions.items() if state.get("throttled")]
     return {
-        **asdict(timing),
+        "load_ms": timing.load_ms,
+        "first_token_ms": timing.first.ms,
+        "first_token_cold_ms": timing.first.cold_ms,
+        "first_token_samples_ms": timing.first.samples_ms,
+        "prompt_tokens": timing.first.tokens,
+        "prefill_tokens_per_s": timing.first.tokens_per_s,
+        "prompts": [{**asdict(prompt), "tokens_per_s": prompt.tokens_per_s} for prompt in timing.prompts],
+        "decode_ms": timing.decode_ms,
         "decode_ms_p50": p50,
         "decode_ms_p90": p90,
         "decode_ms_p99": p99,
-        "prefill_tokens_per_s": timing.prefill_tokens_per_s,
         "decode_tokens_per_s": timing.decode_tokens_per_s,
+        "baseline_rss_mb": timing.baseline_rss_mb,
+        "load_rss_mb": timing.load_rss_mb,
+        "peak_rss_mb": timing.peak_rss_mb,
+        "conditions": timing.conditions,
+        "notes": [f"the processor was throttled {' and '.join(throttled)} the measurement: times are not its best"] if throttled else [],
     }
 
 

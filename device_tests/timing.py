@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 
+from device_tests.board import condition
 from device_tests.errors import ArtifactFailure
 from device_tests.sessions import Session
 from device_tests.token_statistics import broken_logits
@@ -22,27 +23,37 @@ WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
+class PromptTiming:
+    """Milliseconds to the first token after a prompt of ``tokens``: the first time, then the median of ``samples_ms``."""
+
+    tokens: int
+    cold_ms: float
+    ms: float
+    samples_ms: list[float]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Prompt tokens over the median time to the first token."""
+        return self.tokens / self.ms * 1000
+
+
+@dataclass(frozen=True)
 class Timing:
     """Milliseconds and MB (10^6 bytes). ``decode_ms`` are single tokens: one step and the choice of the next token.
 
+    ``first`` is the prompt that decoding goes on from; ``prompts`` are all that were timed, it among them, shortest first.
     Memory is VmHWM: ``baseline`` with interpreter, numpy and runtime imported, ``load`` once the model is open, ``peak`` after
-    prompts and decoding; None where there is no /proc.
+    prompts and decoding; None where there is no /proc. ``conditions`` are the board's before, during and after.
     """
 
     load_ms: float
-    first_token_cold_ms: float
-    first_token_ms: float
-    first_token_samples_ms: list[float]
+    first: PromptTiming
+    prompts: list[PromptTiming]
     decode_ms: list[float]
-    prompt_tokens: int
     baseline_rss_mb: float | None
     load_rss_mb: float | None
     peak_rss_mb: float | None
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens over the median time to the first token."""
-        return self.prompt_tokens / self.first_token_ms * 1000
+    conditions: dict[str, dict[str, Any]]
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -60,32 +71,44 @@ def peak_rss_mb() -> float | None:
     return int(lines[0].split()[1]) * 1024 / 1e6 if lines else None
 
 
-def measure(load: Callable[[], Session], prompt: np.ndarray, decode_tokens: int) -> tuple[Session, Timing]:
+def measure(load: Callable[[], Session], prompt: np.ndarray, decode_tokens: int, lengths: tuple[int, ...] = ()) -> tuple[Session, Timing]:
     """Load, then time prompts and at least ``decode_tokens`` single tokens; returns the open session too.
 
+    ``prompt`` int ``[n]`` is timed and decoded from; ``lengths`` are more prompt lengths, timed where the context holds them.
     When the context ends sooner than ``decode_tokens``, the prompt is fed again and decoding goes on from there.
     """
     baseline = peak_rss_mb()
+    conditions = {"before": condition()}
     start = time.perf_counter()
     session = load()
     load_ms = (time.perf_counter() - start) * 1000
     load_rss = peak_rss_mb()
-    prompt = prompt[: session.interface.context_tokens - 1]  # room for one token at least
-    first = [_time_prompt(session, prompt) for _ in range(1 + FIRST_TOKEN_REPEATS)]
+    longest = session.interface.context_tokens - 1  # room for one token at least
+    prompt = prompt[:longest]
+    first = _time_prompts(session, prompt)
     decode_ms = _time_decode(session, prompt, decode_tokens)
+    conditions["during"] = condition()
+    # The other lengths come last: a long one would raise the peak that decoding is told to have.
+    others = sorted(length for length in set(lengths) if length != len(prompt) and length <= longest)
+    peak = peak_rss_mb()
+    prompts = [first] + [_time_prompts(session, np.resize(prompt, length)) for length in others]
     timing = Timing(
         load_ms=load_ms,
-        first_token_cold_ms=first[0],
-        first_token_ms=float(np.median(first[1:])),
-        first_token_samples_ms=first[1:],
+        first=first,
+        prompts=sorted(prompts, key=lambda timed: timed.tokens),
         decode_ms=decode_ms,
-        prompt_tokens=len(prompt),
         baseline_rss_mb=baseline,
         load_rss_mb=load_rss,
-        peak_rss_mb=peak_rss_mb(),
+        peak_rss_mb=peak,
+        conditions={**conditions, "after": condition()},
     )
     session.reset()
     return session, timing
+
+
+def _time_prompts(session: Session, prompt: np.ndarray) -> PromptTiming:
+    samples = [_time_prompt(session, prompt) for _ in range(1 + FIRST_TOKEN_REPEATS)]
+    return PromptTiming(tokens=len(prompt), cold_ms=samples[0], ms=float(np.median(samples[1:])), samples_ms=samples[1:])
 
 
 def _time_prompt(session: Session, prompt: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from device_tests.check import CheckOptions, check_artifact
 from device_tests.errors import DeviceTestError
 from device_tests.gates import Gates, read_gates
 from device_tests.replay import greedy_prefixes, replay
+from device_tests.result import timing_fields
 from device_tests.tests.toy import INTERFACE, NumpySession, ToyModel, write_vectors
 from device_tests.timing import measure, peak_rss_mb
 from device_tests.vectors import open_golden
@@ -130,7 +131,7 @@ def test_greedy_prefix_ends_where_the_text_first_differs(golden):
 def test_timing_has_every_sample_and_its_own_peak():
     session, timing = measure(lambda: NumpySession(REFERENCE), np.arange(20), 70)  # 20 rooms per round: several rounds
     assert len(timing.decode_ms) == 70 and min(timing.decode_ms) > 0
-    assert len(timing.first_token_samples_ms) == 5 and timing.prompt_tokens == 20
+    assert len(timing.first.samples_ms) == 5 and timing.first.tokens == 20
     assert timing.decode_tokens_per_s == pytest.approx(70 / sum(timing.decode_ms) * 1000)
     assert 0 < timing.baseline_rss_mb <= timing.load_rss_mb <= timing.peak_rss_mb
     assert session.position == 0
@@ -142,9 +143,23 @@ def test_peak_memory_follows_an_allocation():
     assert peak_rss_mb() >= before and peak_rss_mb() > 60 and block[0] == 1
 
 
+def test_other_prompt_lengths_are_timed_where_the_context_holds_them():
+    _, timing = measure(lambda: NumpySession(REFERENCE), np.arange(20), 3, (16, 20, 39, 40, 256))
+    assert [prompt.tokens for prompt in timing.prompts] == [16, 20, 39], "39 leaves room for one token, 40 does not"
+    assert timing.first in timing.prompts and all(len(prompt.samples_ms) == 5 for prompt in timing.prompts)
+    assert set(timing.conditions) == {"before", "during", "after"}
+
+
+def test_a_throttled_run_says_so(monkeypatch):
+    states = iter([{"throttled": False}, {"throttled": True}, {"throttled": None}])
+    monkeypatch.setattr("device_tests.timing.condition", lambda: next(states))
+    _, timing = measure(lambda: NumpySession(REFERENCE), np.arange(20), 3)
+    assert timing_fields(timing)["notes"] == ["the processor was throttled during the measurement: times are not its best"]
+
+
 def test_a_prompt_that_fills_the_context_is_cut_for_timing():
     _, timing = measure(lambda: NumpySession(REFERENCE), np.zeros(500, dtype=int), 3)
-    assert timing.prompt_tokens == INTERFACE.context_tokens - 1 and len(timing.decode_ms) == 3
+    assert timing.first.tokens == INTERFACE.context_tokens - 1 and len(timing.decode_ms) == 3
 
 
 @pytest.mark.parametrize(
