@@ -7,6 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from exporters.bytes_read import bytes_read_per_token
 from models.provenance import library_versions, settings_record, sha256_of, write_json
 from models.settings import StageSettings
 
@@ -52,6 +53,7 @@ def write_sidecar(
         "files": described,
         "sha256": described[0]["sha256"],
         "bytes": sum(file["bytes"] for file in described),
+        "bytes_read_per_token": bytes_read_per_token(files[0], format),
         **({"runtimes": list(runtimes)} if runtimes is not None else {}),
         "interface": interface,
         "tensors": tensors,

@@ -199,3 +199,14 @@ def test_weights_above_the_limit_go_to_a_second_file_that_onnx_runtime_opens(che
     session = open_session(files[0])
     logits, _ = run_tokens(session, tokens, empty_past(session, 1))
     np.testing.assert_allclose(logits, model(torch.from_numpy(tokens)).logits.numpy(), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bytes_read_per_token_are_all_weights_but_tables(case, stages):
+    """Of an embedding that is no head, and of GPT-2's positions, a token reads a row; of everything else all of it."""
+    checkpoint, out = stages[case]
+    model = load_model(checkpoint)
+    tables = {"wpe"} if case[1] else {"wpe", "wte", "embed_tokens"}
+    read = sum(weight.numel() for name, weight in model.named_parameters() if not tables & set(name.split(".")))
+    told = json.loads((out / "onnx_fp32.json").read_text())["bytes_read_per_token"]
+    assert read * 4 <= told <= read * 4 + 400  # shapes and axes of the graph

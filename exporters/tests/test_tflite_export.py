@@ -197,3 +197,10 @@ def test_operator_table_is_what_the_runtime_registers(exported, tmp_path):
     model = str(exported / "out" / "tflite_fp32.tflite")
     done = subprocess.run([sys.executable, str(script), model, table], check=True, capture_output=True, text=True)
     assert json.loads(done.stdout) == []
+
+
+def test_bytes_read_per_token_are_all_weights_but_positions(exported):
+    model = load_model(exported / "model")
+    read = sum(weight.numel() for name, weight in model.named_parameters() if "wpe" not in name)
+    told = json.loads((exported / "out" / "tflite_fp32.json").read_text())["bytes_read_per_token"]
+    assert told == pytest.approx(read * 4, rel=0.01)  # constants of the graph more; equal norms and biases are stored once
