@@ -26,7 +26,8 @@ class DeviceRecord:
     ``golden_tokens`` golden tokens. ``load_ms`` is with the file in the page cache and the runtime's library imported,
     ``load_cold_ms`` with the file on storage only. ``first_token_ms`` is after a prompt of ``prompt_tokens``; ``prompts`` has all
     lengths that were timed. ``conditions`` are temperature, clock and governor ``before``, ``during`` and ``after``; ``emulated``:
-    no real processor of this kind, so nothing was timed. ``notes`` say what a reader must know of these numbers.
+    no real processor of this kind, so nothing was timed. ``notes`` say what a reader must know of these numbers. From ``rounds``
+    to ``against_local`` the machine that drives the devices fills in.
     """
 
     device: str
@@ -60,6 +61,12 @@ class DeviceRecord:
     greedy_tokens: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
     conditions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    bytes_read_per_token: int | None = None
+    read_gb_s: float | None = None
+    bandwidth_gb_s: float | None = None
+    bandwidth_share: float | None = None
+    against_local: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     passed: bool = False
     failures: list[str] = field(default_factory=list)

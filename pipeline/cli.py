@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from models.errors import NO_ROOM, GateError, StageDied, UserError
-from pipeline import cli_study
+from pipeline import cli_devices, cli_study
+from pipeline.cli_devices import build
 from pipeline.cli_options import (
     OUT,
     WORK,
@@ -71,30 +72,6 @@ def run(
         print(json.dumps({"folders": {name: str(path) for name, path in folders.items()}, "stages": runner.as_rows(runs)}, indent=1))
 
 
-def build(chosen, work: Path, out: Path, as_json: bool, again: bool) -> None:
-    from pipeline import road
-    from pipeline.table import COLUMNS, price, rows
-
-    built = road.build(chosen, road.Places(work, out), tell, measure_again=again)
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "folder": str(built.folder),
-                    "zip": str(built.archive),
-                    "up_to_date": not built.measured,
-                    "report": built.report,
-                },
-                indent=1,
-            )
-        )
-    else:
-        print_table(COLUMNS, rows(built.report), price(built.report))
-        print("artifacts and report are up to date; nothing was measured again" if not built.measured else "measured just now")
-        print(built.folder)
-        print(built.archive)
-
-
 @app.command(epilog="Example: `pocketlm bundle --model org/name --out dist`")
 def bundle(
     recipe: RecipeFile = None, model: Model = None, calibration: Calibration = None, evaluation: Evaluation = None,
@@ -102,32 +79,6 @@ def bundle(
 ) -> None:  # fmt: skip
     """The whole road: run the stages, measure every artifact in its runtimes, judge, and write the bundle."""
     build(read_recipe(recipe, model, calibration, evaluation, settings), work, out, as_json, again=False)
-
-
-@app.command(epilog="Examples: `pocketlm test` measures the recipe's artifacts again; `pocketlm test dist/demo-android-bundle` a bundle's")
-def test(
-    path: Annotated[Path | None, typer.Argument(metavar="[BUNDLE]", help="a bundle; without it the recipe's artifacts")] = None,
-    recipe: RecipeFile = None, model: Model = None, calibration: Calibration = None, evaluation: Evaluation = None,
-    settings: Settings = None, work: Work = WORK, out: Out = OUT, as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Measure artifacts on this machine and judge them against the gates. The exit code is the verdict."""
-    if path is not None:
-        test_bundle(path, as_json)
-        return
-    build(read_recipe(recipe, model, calibration, evaluation, settings), work, out, as_json, again=True)
-
-
-def test_bundle(path: Path, as_json: bool) -> None:
-    """Measure a bundle's artifacts on this machine; its golden vectors judge."""
-    from pipeline.measure import BUNDLE_COLUMNS, bundle_rows, measure_bundle
-
-    results = measure_bundle(path, tell)
-    if as_json:
-        print(json.dumps(results, indent=1))
-    else:
-        print_table(BUNDLE_COLUMNS, bundle_rows(results), "top-1 and largest difference on the bundle's golden vectors")
-    if failures := [line for result in results for line in result["device"]["failures"]]:
-        raise GateError("\n".join(failures))
 
 
 @app.command(epilog="Example: `pocketlm verify dist/demo-android-bundle.zip`")
@@ -215,6 +166,7 @@ def bench(
         raise GateError("\n".join(["bench: int8 is not what it should be", *lines]))
 
 
+app.add_typer(cli_devices.app)
 app.add_typer(cli_study.app)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from device_tests.devices.campaign import Outcome
 from models.errors import UserError
 from pipeline.compressed import deflated_bytes
 from pipeline.recipe import Recipe, recipe_toml
@@ -81,29 +82,73 @@ class Quality(Entry):
     top1: Measured = Field(description="share of tokens with the same first choice")
 
 
+class Agreement(Entry):
+    """An artifact on a device held against the same artifact in the same runtime on the machine that built it."""
+
+    local_isa: str
+    max_abs_diff: float = Field(description="largest difference of logits on the golden vectors")
+    bit_equal: float = Field(description="share of the golden vectors' rows of logits that are equal to the bit")
+    golden_tokens: int
+    top1: float = Field(description="share of tokens with the same first choice")
+    perplexity: Measured = Field(description="on this device, over the windows that both scored")
+    perplexity_change: Measured
+    perplexity_change_stderr: Measured
+    tokens: int
+    windows: int
+
+
+class Prompt(Entry):
+    """Time to the first token after a prompt of ``tokens``."""
+
+    tokens: int
+    cold_ms: float = Field(description="the first time")
+    ms: float = Field(description="median of the others")
+    tokens_per_s: float
+
+
 class Device(Entry):
-    """One artifact measured in one runtime on one device, in a fresh process."""
+    """One artifact measured in one runtime on one device, in a fresh process; times are medians over ``rounds``."""
 
     device: str
     isa: str | None = Field(description="as `uname -m` says it")
+    emulated: bool = Field(False, description="no real processor of this kind: numbers count, nothing was timed")
     runtime: str
     runtime_version: str | None
     threads: int
-    load_ms: Measured = None
+    load_cold_ms: Measured = Field(None, description="from storage; null where the system does not let go of a file's pages")
+    load_ms: Measured = Field(None, description="with the file in the page cache")
     first_token_ms: Measured = None
     decode_ms_p50: Measured = None
     decode_ms_p90: Measured = None
     decode_ms_p99: Measured = None
     prefill_tokens_per_s: Measured = None
     decode_tokens_per_s: Measured = None
+    load_rss_mb: Measured = Field(None, description="VmHWM once the model is open")
     peak_rss_mb: Measured = None
+    prompts: list[Prompt] = Field([], description="every prompt length that was timed")
+    rounds: list[dict] = Field([], description="the same numbers of each fresh process: their range is the spread")
+    bytes_read_per_token: int | None = Field(None, description="of weights as stored, without tables of which one row is picked")
+    read_gb_s: Measured = Field(None, description="bytes_read_per_token times decoded tokens per second, in 10^9 bytes/s")
+    bandwidth_gb_s: Measured = Field(None, description="measured memory bandwidth of the device with as many threads")
+    bandwidth_share: Measured = Field(None, description="read_gb_s over bandwidth_gb_s; above 1 where a cache holds the weights")
     max_abs_diff: Measured = Field(None, description="largest difference of logits to PyTorch on the golden vectors")
     kl: Measured = None
     top1: Measured = None
-    decode_ms: list[float] = Field([], description="every decode step that was timed")
+    decode_ms: list[float] = Field([], description="every decode step that was timed in the first round")
+    conditions: dict[str, dict] = Field({}, description="temperature, clock, governor and throttling before, during and after")
+    environment: dict[str, str] = Field({}, description="kernel, C library, Python, numpy, CPUs that could be used")
+    against_local: Agreement | None = Field(None, description="null on the machine itself and where there was nothing to compare")
     quality: Quality | None = Field(None, description="in this runtime; null when it was not asked for or the run died")
+    notes: list[str] = []
     passed: bool
     failures: list[str] = []
+
+
+class Skipped(Entry):
+    """A device, or a runtime of it, that was left out."""
+
+    device: str
+    reason: str
 
 
 class LayerCost(Entry):
@@ -169,7 +214,9 @@ class Report(Entry):
         None, description="bytes of the clustered weights, plain and as codes with a codebook; null without clusters"
     )
     artifacts: list[Artifact]
-    passed: bool = Field(description="every artifact passed in every runtime")
+    boards: dict[str, dict | None] = Field({}, description="what each device is, as it says itself")
+    skipped: list[Skipped] = []
+    passed: bool = Field(description="every artifact passed in every runtime on every device that was not skipped")
     text: dict = Field(description="where calibration and evaluation text came from; says so when the model sampled it itself")
     text_sampled: bool = Field(description="some of the text was sampled from the dense model")
     tokenizer: Tokenizer
@@ -179,18 +226,18 @@ class Report(Entry):
     recipe: dict
 
 
-def build_report(recipe: Recipe, folders: dict[str, Path], results: list[dict], stages: list[dict]) -> Report:
+def build_report(recipe: Recipe, folders: dict[str, Path], outcome: Outcome, stages: list[dict]) -> Report:
     """Put together what stages and device tests left.
 
-    ``folders`` maps stage names to their results; ``results`` are what ``device_tests`` returned, one per artifact and
-    runtime; ``stages`` are ``{"stage", "seconds", "peak_rss_mb", "cached"}``. Raises UserError when a result was measured
+    ``folders`` maps stage names to their results; ``outcome`` has one result per artifact, runtime and device;
+    ``stages`` are ``{"stage", "seconds", "peak_rss_mb", "cached"}``. Raises UserError when a result was measured
     on other bytes than the artifact's.
     """
     records = {name: read_json(folders[name] / f"{name}.json") for name in RECORDS}
     model = model_of(recipe.name, records["checkpoint"])
     paths = [sidecar_path(folders, stage) for stage in stages_of(recipe.artifacts)]
     sidecars = [read_json(path) for path in paths]
-    artifacts = [artifact_of(path, results, model.bytes_fp32) for path in paths]
+    artifacts = [artifact_of(path, outcome.results, model.bytes_fp32) for path in paths]
     tokenizer = read_json(folders["tokenizer"] / "tokenizer_graph.json")
     texts = {name: records["text"][name] for name in ("calibration", "evaluation")}
     return Report(
@@ -200,6 +247,8 @@ def build_report(recipe: Recipe, folders: dict[str, Path], results: list[dict], 
         recovery=Recovery(**{field: records["recover"][field] for field in Recovery.model_fields}),
         clusters=records["cluster"]["bytes"],
         artifacts=artifacts,
+        boards=outcome.boards,
+        skipped=[Skipped(**entry) for entry in outcome.skipped],
         passed=all(artifact.passed for artifact in artifacts),
         text=texts,
         text_sampled=any(text.get("kind") != "file" for text in texts.values()),
@@ -241,7 +290,7 @@ def artifact_of(path: Path, results: list[dict], dense_bytes: int) -> Artifact:
     for result in own:
         if result["sha256"] not in (sidecar["sha256"], None):  # None: the run died before it had read the artifact
             raise UserError(f"{sidecar['name']}: the measurement is of other bytes than the artifact; run `pocketlm test` again")
-    devices = [Device(**{**result["device"], "quality": result.get("quality")}) for result in own]
+    devices = [device_of(result) for result in own]
     return Artifact(
         name=sidecar["name"],
         file=sidecar["file"],
@@ -255,6 +304,11 @@ def artifact_of(path: Path, results: list[dict], dense_bytes: int) -> Artifact:
         devices=devices,
         passed=bool(devices) and all(device.passed for device in devices),
     )
+
+
+def device_of(result: dict) -> Device:
+    """A result of ``device_tests`` as an entry."""
+    return Device(**{**result["device"], "quality": result.get("quality")})
 
 
 def other_forms(measured: dict) -> list[dict]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from pipeline.device_report import DeviceReport
 from pipeline.report import Report, report_json
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -31,6 +32,8 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "millions": lambda value: f"{value / 1e6:.2f} M",
     "perplexity": lambda value: f"{value:.3f}",
     "change": lambda value: f"{value:+.2%}",
+    "small_change": lambda value: f"{value:+.4%}",
+    "gb_s": lambda value: f"{value:.1f} GB/s",
     "share": lambda value: f"{value:.1%}",
     "agreement": lambda value: f"{value:.2%}",
     "scientific": lambda value: f"{value:.1e}",
@@ -71,17 +74,27 @@ def number(report: dict, path: str, form: str) -> Markup:
 def report_html(report: Report) -> str:
     """The whole page as text; the same report gives the same page."""
     data = json.loads(report_json(report))  # the very values that report.json has, null where a number is none
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals.update(
-        n=lambda path, form: number(data, path, form),
+    return page(
+        "report.html.j2",
+        data,
         size_plot=lambda: size_plot(data),
-        latency_plot=lambda: latency_plot(data),
         sensitivity_plot=sensitivity_plot(data),
         recipe_lines=recipe_lines(data["recipe"]),
     )
-    return environment.get_template("report.html.j2").render(report=data)
+
+
+def device_report_html(report: DeviceReport) -> str:
+    """The page of a test on devices."""
+    return page("device_report.html.j2", json.loads(report.model_dump_json()))
+
+
+def page(template: str, data: dict, **more) -> str:
+    """A template filled with a record; every number is looked up in it by its path."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals.update(n=lambda path, form: number(data, path, form), latency_plot=lambda: latency_plot(data), **more)
+    return environment.get_template(template).render(report=data)
 
 
 def size_plot(report: dict) -> Markup:
@@ -123,7 +136,7 @@ def latency_plot(report: dict) -> Markup:
             shown = [looked_up(report, f"{path}_{share}", "milliseconds") for share in ("p50", "p90", "p99")]
             if all(item.value is not None for item in shown):
                 fastest = min(device["decode_ms"], default=shown[0].value)
-                rows.append((f"{artifact['name']} \u00b7 {device['runtime']}", fastest, shown))
+                rows.append((f"{artifact['name']} \u00b7 {device['runtime']} \u00b7 {device['device']}", fastest, shown))
     longest = max((shown[-1].value for _, _, shown in rows), default=0) or 1
     parts = []
     for row, (label, fastest, shown) in enumerate(rows):

@@ -48,6 +48,9 @@ class RecoverSettings(StageSettings):
         0.0, ge=0.0, description="weight of the hidden states' relative squared error beside KL; needs equal hidden sizes"
     )
     patience: int = Field(0, ge=0, description="validation measurements without a gain after which recovery stops; 0: never early")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the large products; auto: bfloat16 on a GPU that has it, else float32; weights stay float32"
+    )
 
 
 class SmoothSettings(StageSettings):
@@ -90,6 +93,17 @@ class Gate(StageSettings):
 
 
 class DeviceSettings(StageSettings):
-    """How the artifacts are measured."""
+    """Where and how the artifacts are measured."""
 
+    devices: tuple[str, ...] = Field(
+        ("local", "arm64"),
+        min_length=1,
+        description="machines that every artifact has to pass on: local, arm64, arm64?cpu=cortex-a72, avx2, ssh://user@host, adb://serial",
+    )
     threads: int = Field(1, ge=1, le=64, description="threads that a runtime may use")
+    rounds: int = Field(3, ge=1, description="fresh processes that time each artifact, of which medians are taken")
+    emulated_windows: int = Field(4, ge=1, description="evaluation windows scored on emulated devices, which are slow")
+    same_top1: float = Field(0.99, ge=0, le=1, description="smallest share of first choices equal to those on this machine")
+    same_perplexity: float = Field(
+        0.001, ge=0, description="largest change of perplexity, up or down, against the same artifact on this machine, fraction"
+    )

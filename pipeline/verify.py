@@ -164,7 +164,7 @@ def replayed(folder: Path, manifest: Manifest, threads: int) -> tuple[tuple[Repl
     """Golden vectors of every artifact in every installed runtime that it was proved in, and the runtimes that are not installed."""
     found, missing = [], set()
     for artifact in manifest.artifacts:
-        for runtime in (device.runtime for device in artifact.runtimes):
+        for runtime in dict.fromkeys(device.runtime for device in artifact.runtimes):
             library = RUNTIMES[runtime][2]
             if importlib.util.find_spec(library.split(".")[0]) is None:
                 missing.add(runtime)

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+from pipeline.device_report import DeviceReport
 from pipeline.manifest import Manifest
 from pipeline.report import Report
 
 FOLDER = Path(__file__).resolve().parent / "schemas"
-MODELS = {"report.schema.json": Report, "manifest.schema.json": Manifest}
+MODELS = {"report.schema.json": Report, "manifest.schema.json": Manifest, "device-report.schema.json": DeviceReport}
 
 
 def schema_text(name: str) -> str:

@@ -29,13 +29,15 @@ FORMS = "local, arm64, arm64?cpu=cortex-a72, avx2, ssh://user@host[:port][?threa
 class Device(Protocol):
     """An open device. ``board`` is what ``device_tests.board`` says of it, None where that cannot be asked.
 
-    ``emulated``: numbers are right there, times mean nothing. ``threads`` overrides the jobs' number, None leaves it.
+    ``emulated``: numbers are right there, times mean nothing. ``threads`` overrides the jobs' number, None leaves it. ``missing``
+    are the runtimes that cannot be had there, with the reason. ``board["bandwidth_gb_s"]`` maps thread counts, as text, to GB/s.
     """
 
     name: str
     emulated: bool
     threads: int | None
     board: dict[str, Any] | None
+    missing: dict[str, str]
 
     def run(self, job: Job) -> dict[str, Any]:
         """The job's result, whatever became of it. DeviceTestError only when the device itself is lost."""

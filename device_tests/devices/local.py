@@ -5,6 +5,7 @@ Runs must not overlap: two at once would time each other. The caller starts them
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -44,11 +45,22 @@ class Local:
     threads = None
 
     def __init__(self) -> None:
-        self.board = describe()
+        self.board: dict[str, Any] = {**describe(), "bandwidth_gb_s": {}}
+        self.missing: dict[str, str] = {}
 
     def run(self, job: Job) -> dict[str, Any]:
-        """See ``run_local``."""
+        """See ``run_local``. The memory bandwidth for a number of threads is measured before the first run that times with it."""
+        threads = job.run.threads
+        if job.run.timing and str(threads) not in self.board["bandwidth_gb_s"]:
+            self.board["bandwidth_gb_s"][str(threads)] = bandwidth_here(threads)
         return run_local(job.sidecar, job.golden, job.run)
+
+
+def bandwidth_here(threads: int) -> float | None:
+    """GB/s that this machine reads from memory, measured in a fresh process; None where that failed."""
+    command = [sys.executable, "-m", "device_tests.bandwidth", "--threads", str(threads)]
+    done = subprocess.run(command, env=child_environment(threads), capture_output=True, text=True, check=False)
+    return json.loads(done.stdout)["gb_s"] if done.returncode == 0 else None
 
 
 @contextmanager

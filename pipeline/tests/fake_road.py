@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from device_tests.devices.campaign import Outcome
 from device_tests.tests.toy import VOCABULARY, ToyModel, write_onnx, write_vectors
 from models.provenance import sha256_of
 from pipeline.recipe import Recipe, load_recipe
@@ -106,6 +107,25 @@ def fake_tokenizer(folder: Path, parity: bool) -> None:
     limits = ["text is cut at the first NUL"] if parity else []
     found = {"parity": parity, "documents": 1700, "mismatches": 0 if parity else 7, "reason": reason, "limits": limits}
     write(folder / "tokenizer_graph.json", {**found, "versions": {}})
+
+
+def fake_outcome(folders: dict[str, Path], worse: str | None = None) -> Outcome:
+    """Passing results of this machine and of an emulated one, and a board that could not be reached."""
+    here = fake_results(folders, worse)
+    boards = {"local": {"isa": "x86_64", "model": "A machine"}, "arm64": {"isa": "aarch64", "model": "emulated"}}
+    return Outcome(here + [emulated(result) for result in here], boards, [{"device": "ssh://pi", "reason": "no route to host"}])
+
+
+def emulated(result: dict) -> dict:
+    """The same result from a machine where nothing is timed."""
+    timed = ("load_ms", "first_token_ms", "decode_ms_p50", "decode_ms_p90", "decode_ms_p99", "prefill_tokens_per_s")
+    timed += ("decode_tokens_per_s", "peak_rss_mb")
+    against = {
+        "local_isa": "x86_64", "max_abs_diff": 2e-5, "bit_equal": 0.75, "golden_tokens": 96, "top1": 0.998, "perplexity": 31.5,
+        "perplexity_change": 0.0002, "perplexity_change_stderr": 0.0001, "tokens": 512, "windows": 4,
+    }  # fmt: skip
+    device = {**result["device"], **dict.fromkeys(timed), "decode_ms": [], "device": "arm64", "isa": "aarch64", "emulated": True}
+    return {**result, "device": {**device, "against_local": against, "passed": True, "failures": []}, "quality": None}
 
 
 def fake_results(folders: dict[str, Path], worse: str | None = None) -> list[dict]:

@@ -16,7 +16,7 @@ from pipeline.bundle import BundleInputs, build_bundle, bundle_is_whole
 from pipeline.manifest import FORMAT_VERSION, Manifest, sums
 from pipeline.recipe import load_recipe
 from pipeline.report import build_report
-from pipeline.tests.fake_road import fake_recipe, fake_results, fake_road, fake_stages
+from pipeline.tests.fake_road import fake_outcome, fake_recipe, fake_road, fake_stages
 from pipeline.zip_folder import write_zip
 
 
@@ -26,7 +26,7 @@ def road(tmp_path):
 
 
 def build(road, out, worse=None):
-    report = build_report(fake_recipe(), road, fake_results(road, worse), fake_stages())
+    report = build_report(fake_recipe(), road, fake_outcome(road, worse), fake_stages())
     return build_bundle(BundleInputs(fake_recipe(), road, report, "key"), out)
 
 
@@ -64,7 +64,7 @@ def test_bundle_holds_what_its_manifest_says(road, tmp_path):
 )
 def test_a_bundle_of_some_artifacts_holds_and_explains_those(artifacts, opened, not_opened, road, tmp_path):
     recipe = load_recipe(None, ['name="tiny"', f"artifacts={json.dumps(artifacts)}"])
-    report = build_report(recipe, road, fake_results(road), fake_stages())
+    report = build_report(recipe, road, fake_outcome(road), fake_stages())
     built = build_bundle(BundleInputs(recipe, road, report, "key"), tmp_path / "dist")
     assert [entry.name for entry in manifest_of(built.folder).artifacts] == artifacts
     assert {path.name for path in (built.folder / "golden").glob("*.gates.json")} == {f"{name}.gates.json" for name in artifacts}
@@ -77,7 +77,8 @@ def test_manifest_says_how_to_call_and_where_it_was_proved(road, tmp_path):
     onnx, tflite = (next(a for a in manifest.artifacts if a.name == name) for name in ("onnx_static_int8", "tflite_static_int8"))
     assert onnx.file == "onnx/onnx_static_int8.onnx" and onnx.tensors["inputs"][0]["name"] == "input_ids"
     assert onnx.gates["perplexity_change"] == 0.003 and onnx.gates["top1"] == 0.99
-    assert [device.runtime for device in tflite.runtimes] == ["litert", "tflite"]
+    here = [device for device in tflite.runtimes if device.device == "local"]
+    assert [device.runtime for device in here] == [device.runtime for device in tflite.runtimes if device.emulated] == ["litert", "tflite"]
     assert all(device.passed and device.runtime_version == "2.3.0" for device in tflite.runtimes)
     recipe = (tmp_path / "dist/tiny-android-bundle/recipe.toml").read_bytes()
     assert manifest.provenance.recipe_sha256 == hashlib.sha256(recipe).hexdigest()
@@ -153,7 +154,7 @@ def test_failed_report_gives_no_bundle_and_keeps_the_old_one(road, tmp_path):
 
 
 def test_artifact_whose_bytes_were_not_measured_stays_out(road, tmp_path):
-    report = build_report(fake_recipe(), road, fake_results(road), fake_stages())
+    report = build_report(fake_recipe(), road, fake_outcome(road), fake_stages())
     path = road["onnx_int8"] / "onnx_static_int8.onnx"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(GateError, match="onnx_static_int8.onnx: its bytes are not those that were measured"):
@@ -162,7 +163,7 @@ def test_artifact_whose_bytes_were_not_measured_stays_out(road, tmp_path):
 
 
 def test_artifact_remade_after_the_measurement_stays_out(road, tmp_path):
-    report = build_report(fake_recipe(), road, fake_results(road), fake_stages())
+    report = build_report(fake_recipe(), road, fake_outcome(road), fake_stages())
     sidecar = road["onnx_int8"] / "onnx_static_int8.json"
     sidecar.write_text(sidecar.read_text().replace(json.loads(sidecar.read_text())["sha256"], "12" * 32))
     with pytest.raises(GateError, match="onnx_static_int8: no passing measurement of these bytes"):
@@ -184,7 +185,7 @@ def test_full_disk_is_one_line_and_leaves_the_old_bundle(road, tmp_path, monkeyp
 
 def test_unexpected_error_is_no_disk_full(road, tmp_path):
     (road["golden"] / "golden.npz").unlink()
-    report = build_report(fake_recipe(), road, fake_results(road), fake_stages())
+    report = build_report(fake_recipe(), road, fake_outcome(road), fake_stages())
     with pytest.raises(FileNotFoundError):
         build_bundle(BundleInputs(fake_recipe(), road, report, "key"), tmp_path / "dist")
     assert not list((tmp_path / "dist").glob(".*draft*"))
@@ -221,7 +222,10 @@ def test_readme_has_the_bundle_s_own_numbers(road, tmp_path):
     text = (folder / "README.md").read_text()
     for artifact in json.loads((folder / "report.json").read_text())["artifacts"]:
         for device in artifact["devices"]:
-            assert f"| {device['decode_ms_p50']:.2f} | {device['decode_ms_p99']:.2f} |" in text
+            if not device["emulated"]:
+                assert f"| {device['decode_ms_p50']:.2f} | {device['decode_ms_p99']:.2f} |" in text
+    assert "On arm64 (aarch64, emulated) every file gave the same answers" in text and "at least 99.80 %" in text
+    assert "Not tested on ssh://pi: no route to host." in text
     for told in (
         "`past_key_values.0.key`",
         "onnx/onnx_static_int8.onnx",

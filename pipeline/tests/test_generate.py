@@ -15,7 +15,7 @@ from pipeline.bundle import BundleInputs, build_bundle
 from pipeline.generate import GenerateOptions, TextStream, generate, next_token, prompt_ids, stream, told
 from pipeline.manifest import Manifest
 from pipeline.report import build_report
-from pipeline.tests.fake_road import fake_recipe, fake_results, fake_road, fake_stages, with_toy
+from pipeline.tests.fake_road import fake_outcome, fake_recipe, fake_road, fake_stages, with_toy
 
 MODEL = ToyModel(0)
 
@@ -24,7 +24,7 @@ MODEL = ToyModel(0)
 def bundle(tmp_path_factory):
     root = tmp_path_factory.mktemp("generate")
     road = with_toy(fake_road(root / "road"))
-    report = build_report(fake_recipe(), road, fake_results(road), fake_stages())
+    report = build_report(fake_recipe(), road, fake_outcome(road), fake_stages())
     return build_bundle(BundleInputs(fake_recipe(), road, report, "key"), root / "dist")
 
 

@@ -7,13 +7,14 @@ from html.parser import HTMLParser
 import pytest
 from pydantic import ValidationError
 
+from device_tests.devices.campaign import Outcome
 from models.errors import UserError
 from pipeline.recipe import Gates, load_recipe
 from pipeline.report import Quality, Report, build_report, read_report, report_json, worst_quality
 from pipeline.report_html import FORMATS, report_html
 from pipeline.stages import ARTIFACT_OF_STAGE
-from pipeline.table import rows
-from pipeline.tests.fake_road import fake_recipe, fake_results, fake_road, fake_stages
+from pipeline.table import matrix_rows, rows, skipped_lines
+from pipeline.tests.fake_road import fake_outcome, fake_recipe, fake_results, fake_road, fake_stages
 from pipeline.write_schemas import FOLDER, MODELS, schema_text
 
 PROMISED = {
@@ -58,7 +59,7 @@ def road(tmp_path):
 
 
 def report_of(road, **options) -> Report:
-    return build_report(fake_recipe(), road, fake_results(road, **options), fake_stages())
+    return build_report(fake_recipe(), road, fake_outcome(road, **options), fake_stages())
 
 
 def at(data, path: str):
@@ -82,7 +83,10 @@ def test_report_has_the_promised_fields(road, tmp_path):
     assert data["versions"] == {"onnx": "1.0", "tflite": "1.0", "tokenizers": "0.23.3", "torch": "2.13.0"}
     assert data["recipe"]["checkpoint"]["source"] == "demo" and data["stages"][1]["cached"]
     assert read_report(tmp_path / "report.json") == report
-    assert len(rows(data)) == 6  # the terminal's table reads the same report
+    assert len(rows(data)) == 12  # the terminal's table reads the same report: six runs here, six on the emulated machine
+    assert {row[7] for row in rows(data) if row[2] == "arm64"} == {"emulated"}, "no time may stand where none was measured"
+    assert [row[4:9] for row in matrix_rows(data["artifacts"])] == [("75.0%", "2e-05", "99.80%", "+0.0200%", "512")] * 6
+    assert skipped_lines(data["skipped"]) == ["not tested on ssh://pi: no route to host"]
 
 
 def test_every_artifact_has_gates():
@@ -98,7 +102,7 @@ def test_one_failed_runtime_fails_the_artifact_and_the_whole(road):
 
 def test_unmeasured_artifact_did_not_pass(road):
     results = [result for result in fake_results(road) if result["artifact"] != "onnx_fp32"]
-    report = build_report(fake_recipe(), road, results, fake_stages())
+    report = build_report(fake_recipe(), road, Outcome(results), fake_stages())
     assert not report.passed and not report.artifacts[0].passed and report.artifacts[0].quality is None
 
 
@@ -106,14 +110,14 @@ def test_result_of_other_bytes_is_refused(road):
     results = fake_results(road)
     results[0]["sha256"] = "00" * 32
     with pytest.raises(UserError, match="onnx_fp32.*other bytes"):
-        build_report(fake_recipe(), road, results, fake_stages())
+        build_report(fake_recipe(), road, Outcome(results), fake_stages())
 
 
 def test_run_that_died_is_reported_without_numbers(road):
     results = fake_results(road)
     device = {"device": "local", "isa": "x86_64", "runtime": "onnxruntime", "runtime_version": None, "threads": 2}
     results[1] |= {"sha256": None, "quality": None, "device": {**device, "passed": False, "failures": ["died by signal SIGSEGV"]}}
-    report = build_report(fake_recipe(), road, results, fake_stages())
+    report = build_report(fake_recipe(), road, Outcome(results), fake_stages())
     assert not report.passed and report.artifacts[1].quality is None
     page = report_html(report)
     assert "died by signal SIGSEGV" in page and "null" in page
@@ -134,7 +138,7 @@ def test_quality_is_the_worst_of_the_runtimes_number_by_number():
 def test_infinite_numbers_become_null(road):
     results = fake_results(road)
     results[0]["quality"] |= {"perplexity": float("inf"), "kl": float("nan")}
-    data = json.loads(report_json(build_report(fake_recipe(), road, results, fake_stages())))
+    data = json.loads(report_json(build_report(fake_recipe(), road, Outcome(results), fake_stages())))
     assert data["artifacts"][0]["quality"]["perplexity"] is None and data["artifacts"][0]["quality"]["kl"] is None
 
 
@@ -164,8 +168,10 @@ def test_every_number_on_the_page_is_the_report_s(road, worse):
     paths = {path for path, _ in page.numbers}
     for place, artifact in enumerate(data["artifacts"]):
         assert f"artifacts.{place}.bytes" in paths
-        for index in range(len(artifact["devices"])):
-            for name in ("decode_ms_p50", "peak_rss_mb", "quality.perplexity_change", "quality.top1", "max_abs_diff"):
+        for index, device in enumerate(artifact["devices"]):
+            timed = ("decode_ms_p50", "peak_rss_mb", "quality.perplexity_change", "quality.top1", "max_abs_diff")
+            compared = ("against_local.bit_equal", "against_local.top1", "against_local.perplexity_change", "max_abs_diff")
+            for name in compared if device["emulated"] else timed:
                 assert f"artifacts.{place}.devices.{index}.{name}" in paths
     assert ("Passed" in {text for text, _ in page.texts}) == (worse is None)
 

@@ -1,0 +1,146 @@
+"""The commands of ``pocketlm`` that measure artifacts on devices. Imports stand in the command."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from models.errors import UserError
+from pipeline.cli_options import (
+    OUT,
+    WORK,
+    AsJson,
+    Calibration,
+    Evaluation,
+    Model,
+    Out,
+    RecipeFile,
+    Settings,
+    Work,
+    print_table,
+    read_recipe,
+    tell,
+    told,
+)
+
+app = typer.Typer()
+Devices = Annotated[
+    list[str] | None,
+    typer.Option("--device", help="local, arm64, arm64?cpu=cortex-a72, avx2, ssh://user@host, adb://serial; may be given again"),
+]
+
+
+def build(chosen, work: Path, out: Path, as_json: bool, again: bool) -> None:
+    from pipeline import road
+    from pipeline.table import COLUMNS, MATRIX_COLUMNS, matrix_rows, price, rows, skipped_lines
+
+    built = road.build(chosen, road.Places(work, out), tell, measure_again=again)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "folder": str(built.folder),
+                    "zip": str(built.archive),
+                    "up_to_date": not built.measured,
+                    "report": built.report,
+                },
+                indent=1,
+            )
+        )
+    else:
+        print_table(COLUMNS, rows(built.report), price(built.report))
+        if matrix := matrix_rows(built.report["artifacts"]):
+            print_table(MATRIX_COLUMNS, matrix, "each against the same artifact in the same runtime on this machine")
+        for line in skipped_lines(built.report["skipped"]):
+            print(line)
+        print("artifacts and report are up to date; nothing was measured again" if not built.measured else "measured just now")
+        print(built.folder)
+        print(built.archive)
+
+
+@app.command(
+    epilog="Examples: `pocketlm test` measures the recipe's artifacts again; `pocketlm test --device ssh://pi@raspberrypi.local` on that "
+    "board; `pocketlm test dist/demo-android-bundle --device local --device arm64` a bundle's"
+)
+def test(
+    path: Annotated[Path | None, typer.Argument(metavar="[BUNDLE]", help="a bundle; without it the recipe's artifacts")] = None,
+    device: Devices = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="threads of each runtime")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="fresh processes that time each artifact")] = None,
+    recipe: RecipeFile = None, model: Model = None, calibration: Calibration = None, evaluation: Evaluation = None,
+    settings: Settings = None, work: Work = WORK, out: Out = OUT, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Measure artifacts on devices and judge them against the gates. The exit code is the verdict.
+
+    With a bundle or a device, the record goes to <name>-devices.json beside the bundles; else the bundle is made anew.
+    """
+    given = {"devices": tuple(device) if device else None, "threads": threads, "rounds": rounds}
+    changed = [f"device.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    if path is None:
+        chosen = read_recipe(recipe, model, calibration, evaluation, [*(settings or []), *changed])
+        if device is None:
+            build(chosen, work, out, as_json, again=True)
+        else:
+            test_recipe(chosen, work, out, as_json)
+        return
+    others = (recipe, model, calibration, evaluation, settings)
+    if any(others):
+        raise UserError("a bundle has its own recipe; leave out --recipe, --model, --set and the texts, or the bundle")
+    test_bundle(path, {key: value for key, value in given.items() if value is not None}, out, as_json)
+
+
+def test_recipe(chosen, work: Path, out: Path, as_json: bool) -> None:
+    """The recipe's artifacts with all evaluation text on the devices that it names; no bundle is touched."""
+    from pipeline import runner
+    from pipeline.measure import measure
+
+    folders, _ = runner.run_stages(chosen, work, tell)
+    tell_outcome(chosen.name, measure(chosen, folders, tell), out, as_json)
+
+
+def test_bundle(path: Path, given: dict, out: Path, as_json: bool) -> None:
+    """A bundle's artifacts, judged by its golden vectors; on this machine where no device is given."""
+    from pipeline.measure import measure_bundle
+    from pipeline.settings import DeviceSettings
+
+    settings = DeviceSettings(**{"devices": ("local",), **given})
+    tell_outcome(path.stem.removesuffix("-android-bundle"), measure_bundle(path, settings, tell), out, as_json)
+
+
+def tell_outcome(name: str, outcome, out: Path, as_json: bool) -> None:
+    """Write the record and its page, print it, and end with the verdict."""
+    from pipeline.device_report import device_report, raise_for, write_device_report
+    from pipeline.report_html import device_report_html
+    from pipeline.table import DEVICE_COLUMNS, MATRIX_COLUMNS, device_rows, matrix_rows, skipped_lines
+
+    report = device_report(name, outcome)
+    place = out / f"{name}-devices.json"
+    write_device_report(report, place, device_report_html(report))
+    record = report.model_dump(mode="json")
+    if as_json:
+        print(json.dumps(record, indent=1))
+    else:
+        print_table(DEVICE_COLUMNS, device_rows(record["artifacts"]), "difference and top-1: logits on the golden vectors, against PyTorch")
+        if matrix := matrix_rows(record["artifacts"]):
+            print_table(MATRIX_COLUMNS, matrix, "each against the same artifact in the same runtime on this machine")
+        print("\n".join([*skipped_lines(record["skipped"]), str(place)]))
+    raise_for(report)
+
+
+@app.command(epilog="Example: `pocketlm compare before-devices.json dist/demo-devices.json`")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="report.json, a bundle's folder, or what `pocketlm test` wrote")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="the other one")],
+    as_json: AsJson = False,
+) -> None:
+    """Hold two records of the same artifacts side by side: which differences are larger than the spread of their rounds."""
+    from pipeline import compare as comparison
+
+    found = comparison.compare(first, second)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    print_table(comparison.COMPARE_COLUMNS, comparison.compare_rows(found), "ranges are least and most over each record's rounds")
+    for line in found["only"]:
+        told.print(line, markup=False)

@@ -1,0 +1,76 @@
+"""The record of a test on devices: what ran where, how fast, and whether it agrees. ``pocketlm test --device`` writes it."""
+
+import json
+from pathlib import Path
+
+from pydantic import Field
+
+from device_tests.devices.campaign import Outcome
+from models.errors import GateError, UserError
+from pipeline.report import Device, Entry, Report, Skipped, device_of
+
+FORMAT_VERSION = 1
+
+
+class Tested(Entry):
+    """One artifact on every device that it was tested on."""
+
+    name: str
+    sha256: str | None = Field(description="of the bytes that were measured; null when no device could read them")
+    devices: list[Device]
+
+
+class DeviceReport(Entry):
+    """The whole record."""
+
+    format_version: int = FORMAT_VERSION
+    name: str = Field(description="of the recipe or bundle")
+    artifacts: list[Tested]
+    boards: dict[str, dict | None] = Field(description="what each device is, as it says itself")
+    skipped: list[Skipped]
+    passed: bool = Field(description="every artifact passed wherever it was tested, and it was tested somewhere")
+
+
+def device_report(name: str, outcome: Outcome) -> DeviceReport:
+    """The outcome by artifact."""
+    tested = []
+    for artifact in dict.fromkeys(result["artifact"] for result in outcome.results):
+        own = [result for result in outcome.results if result["artifact"] == artifact]
+        sha256 = next((result["sha256"] for result in own if result["sha256"]), None)
+        tested.append(Tested(name=artifact, sha256=sha256, devices=[device_of(result) for result in own]))
+    passed = bool(tested) and all(device.passed for artifact in tested for device in artifact.devices)
+    skipped = [Skipped(**entry) for entry in outcome.skipped]
+    return DeviceReport(name=name, artifacts=tested, boards=outcome.boards, skipped=skipped, passed=passed)
+
+
+def write_device_report(report: DeviceReport, path: Path, page: str) -> None:
+    """As JSON at ``path`` and as a page beside it, each whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for file, text in ((path.with_suffix(".html"), page), (path, report.model_dump_json(indent=1) + "\n")):
+        draft = file.with_suffix(f"{file.suffix}.draft")
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(file)
+
+
+def read_artifacts(path: Path) -> tuple[str, list[dict]]:
+    """Name and artifacts of a ``report.json``, of a bundle that has one, or of a device report. UserError when it is none."""
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        report = (Report if "model" in record else DeviceReport).model_validate(record)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a report.json, a bundle's folder, or a device report") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: no report of PocketLM ({str(error).splitlines()[0]}); give one that it wrote") from error
+    name = report.model.name if isinstance(report, Report) else report.name
+    return name, [artifact.model_dump() for artifact in report.artifacts]
+
+
+def raise_for(report: DeviceReport) -> None:
+    """GateError with a line for each failure; UserError where nothing failed but a device was out of reach."""
+    failures = [failure for artifact in report.artifacts for device in artifact.devices for failure in device.failures]
+    skipped = [f"{entry.device}: {entry.reason}" for entry in report.skipped]
+    if failures:
+        raise GateError("\n".join([*failures, *skipped]))
+    if skipped:
+        raise UserError("\n".join(skipped))
