@@ -14,16 +14,19 @@ GIVEN := $(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)") 
 PLACE := $(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help android-bundle device-test test bench prices demo-model readme lint format clean python-3.11
+.PHONY: help android-bundle device-test arm64-lab test bench prices demo-model readme lint format clean python-3.11
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
 
 android-bundle: $(READY)  ## model to bundle: MODEL= RECIPE= CALIBRATION= EVALUATION= OUT= SET="key=value ..." (no MODEL: the demo model)
 	@$(RUN) bundle $(GIVEN) $(PLACE)
 
-device-test: $(READY)  ## measure the artifacts again on this machine and judge them; the same variables as android-bundle
-	@$(RUN) test $(GIVEN) $(PLACE)
+device-test: $(READY)  ## measure the artifacts again and judge them; the same variables, and DEVICE="ssh://pi@raspberrypi.local arm64 ..."
+	@$(RUN) test $(GIVEN) $(PLACE) $(foreach device,$(DEVICE),--device "$(device)")
+
+arm64-lab: $(READY)  ## build the emulated ARM64 machine (android-bundle does so by itself)
+	@$(VENV)/bin/python -m device_tests.devices.lab
 
 test: $(TESTABLE) lint  ## run all tests
 	@$(VENV)/bin/python -m pytest

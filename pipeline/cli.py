@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from device_tests.errors import DeviceTestError
 from models.errors import NO_ROOM, GateError, StageDied, UserError
 from pipeline import cli_devices, cli_study
 from pipeline.cli_devices import build
@@ -175,7 +176,7 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `pocketlm ... | head` ends quietly
     try:
         app(standalone_mode=True)
-    except UserError as error:
+    except (UserError, DeviceTestError) as error:
         told.print(f"pocketlm: {error}", markup=False)
         sys.exit(2)
     except GateError as error:

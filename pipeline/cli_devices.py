@@ -101,10 +101,16 @@ def test_recipe(chosen, work: Path, out: Path, as_json: bool) -> None:
 
 def test_bundle(path: Path, given: dict, out: Path, as_json: bool) -> None:
     """A bundle's artifacts, judged by its golden vectors; on this machine where no device is given."""
+    from pydantic import ValidationError
+
     from pipeline.measure import measure_bundle
+    from pipeline.recipe import told as faults
     from pipeline.settings import DeviceSettings
 
-    settings = DeviceSettings(**{"devices": ("local",), **given})
+    try:
+        settings = DeviceSettings(**{"devices": ("local",), **given})
+    except ValidationError as error:
+        raise UserError(faults(error, None)) from error
     tell_outcome(path.stem.removesuffix("-android-bundle"), measure_bundle(path, settings, tell), out, as_json)
 
 

@@ -1,10 +1,14 @@
 """What a recipe may say about pruning, recovery, smoothing, clustering and the gates. Light on purpose: no torch here."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from models.settings import StageSettings
+
+DEVICES = "local, arm64, arm64?cpu=cortex-a72, avx2, ssh://user@host[:port][?threads=4] or adb://serial"
+ADDRESS = re.compile(r"local|avx2|arm64(\?cpu=[\w.-]+)?|ssh://[^/]+|adb://.*")  # told before hours of work; the drivers say more
 
 
 class PruneSettings(StageSettings):
@@ -96,9 +100,7 @@ class DeviceSettings(StageSettings):
     """Where and how the artifacts are measured."""
 
     devices: tuple[str, ...] = Field(
-        ("local", "arm64"),
-        min_length=1,
-        description="machines that every artifact has to pass on: local, arm64, arm64?cpu=cortex-a72, avx2, ssh://user@host, adb://serial",
+        ("local", "arm64"), min_length=1, description=f"machines that every artifact has to pass on: {DEVICES}"
     )
     threads: int = Field(1, ge=1, le=64, description="threads that a runtime may use")
     rounds: int = Field(3, ge=1, description="fresh processes that time each artifact, of which medians are taken")
@@ -107,3 +109,13 @@ class DeviceSettings(StageSettings):
     same_perplexity: float = Field(
         0.001, ge=0, description="largest change of perplexity, up or down, against the same artifact on this machine, fraction"
     )
+
+    @field_validator("devices")
+    @classmethod
+    def known(cls, devices: tuple[str, ...]) -> tuple[str, ...]:
+        """Each is an address of a kind that there is, and named once."""
+        if unknown := [device for device in devices if not ADDRESS.fullmatch(device)]:
+            raise ValueError(f"{unknown[0]!r} is no device; give {DEVICES}")
+        if len(set(devices)) < len(devices):
+            raise ValueError("give each device once")
+        return devices

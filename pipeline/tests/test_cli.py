@@ -36,7 +36,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=with_our_path(dict(os.environ)), check=True)
     assert done.stdout.strip() == "[]"
     text = pocketlm(tmp_path, "--help").stdout
-    for command in ("plan", "run", "bundle", "test", "verify", "generate", "bench", "quality", "lm-eval"):
+    for command in ("plan", "run", "bundle", "test", "verify", "generate", "bench", "quality", "lm-eval", "compare"):
         assert command in text
         assert "Example" in pocketlm(tmp_path, command, "--help").stdout
 
@@ -110,6 +110,19 @@ def test_a_missing_text_is_told_before_any_work(tmp_path, checkpoints):
 def test_verify_and_generate_want_a_bundle(tmp_path):
     for command in ("verify", "generate", "test"):
         assert "nothing" in refused(tmp_path, command, "nothing")
+
+
+@pytest.mark.parametrize("bundle", [(), ("bundle",)], ids=["recipe", "bundle"])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [(("--device", "pi"), "'pi' is no device; give local, arm64"), (("--device", "local", "--device", "local"), "give each device once")],
+)
+def test_a_device_that_is_none_is_told_before_any_work(tmp_path, bundle, given, words):
+    assert words in refused(tmp_path, "test", *bundle, *given) and not (tmp_path / ".pocketlm").exists()
+
+
+def test_a_bundle_has_its_own_recipe(tmp_path):
+    assert "leave out --recipe" in refused(tmp_path, "test", "bundle", "--model", "x")
 
 
 def test_make_names_the_python_that_is_needed(tmp_path):
