@@ -34,6 +34,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "change": lambda value: f"{value:+.2%}",
     "small_change": lambda value: f"{value:+.4%}",
     "gb_s": lambda value: f"{value:.1f} GB/s",
+    "celsius": lambda value: f"{value:.0f} \u00b0C",
     "share": lambda value: f"{value:.1%}",
     "agreement": lambda value: f"{value:.2%}",
     "scientific": lambda value: f"{value:.1e}",

@@ -146,6 +146,9 @@ def fake_result(sidecar: dict, runtime: str, scale: float, failed: bool) -> dict
         "prefill_tokens_per_s": 9000 / scale, "decode_tokens_per_s": 650 / scale, "peak_rss_mb": 80 * scale,
         "max_abs_diff": 1e-5 * scale,
         "kl": 2e-4 * scale, "top1": 1 - 0.004 * scale, "decode_ms": [1.4 * scale, 1.5 * scale, 1.6 * scale, 2.6 * scale],
+        "load_rss_mb": 70 * scale, "prompts": [{"tokens": 16, "cold_ms": 3.0, "ms": 2.5 * scale, "tokens_per_s": 6400.0 / scale}],
+        "rounds": [{"first_token_ms": 7.25 * scale, "decode_tokens_per_s": rate / scale} for rate in (640, 650, 670)],
+        "conditions": {when: {"temperature_c": degrees} for when, degrees in (("before", 41.5), ("during", 55.5), ("after", None))},
         "greedy_prefix": 30, "passed": not failed,
         "failures": [f"{sidecar['name']} in {runtime} on local: top1 0.5000 is below 0.9900"] if failed else [],
     }  # fmt: skip

@@ -26,7 +26,10 @@ def write(outcome: Outcome, path):
 def with_rounds(outcome: Outcome, times: list[float]) -> Outcome:
     """The first result with these first-token times, one per round."""
     device = outcome.results[0]["device"]
-    device |= {"first_token_ms": sorted(times)[len(times) // 2], "rounds": [{"first_token_ms": time} for time in times]}
+    device |= {
+        "first_token_ms": sorted(times)[len(times) // 2],
+        "rounds": [{"first_token_ms": time, "decode_tokens_per_s": 9.0} for time in times],
+    }
     return outcome
 
 

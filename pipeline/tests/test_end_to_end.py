@@ -20,7 +20,8 @@ SMALL = {
     "text.sampled_recovery_tokens": 2048, "prune.ffn": 0.25, "prune.windows": 4, "recover.steps": 4, "recover.batch_windows": 4,
     "recover.window_tokens": 64, "smooth.windows": 4, "golden.windows": 2, "golden.scored_tokens": 16, "golden.greedy_tokens": 16,
     "onnx.greedy_tokens": 16, "onnx_int8.windows": 4, "onnx_int8.decode_steps": 4, "tflite.prefill_tokens": 16,
-    "tflite_int8.windows": 4, "tflite_int8.decode_steps": 4, "tokenizer.random_documents": 20,
+    "tflite_int8.windows": 4, "tflite_int8.decode_steps": 4, "tokenizer.random_documents": 20, "device.rounds": 2,
+    "device.emulated_windows": 1,
     # A random model has no favourite token, so a trained model's limits on int8 would judge chance.
     "gates.onnx_static_int8.top1": 0.5, "gates.onnx_static_int8.perplexity_change": 0.2,
     "gates.onnx_weight_only_int8.perplexity_change": 0.2, "gates.onnx_weight_only_int4.perplexity_change": 0.5,
@@ -61,7 +62,7 @@ def built(request, checkpoints, text_file, tmp_path_factory):
         held_out.write_text(Path(fingerprint.__file__).read_text(encoding="utf-8"), encoding="utf-8")
         options += ["--calibration", str(text_file), "--evaluation", str(held_out)]
         options += [f"--set={key}={value}" for key, value in BESIDE.items()]
-        options += [f"--set=artifacts={json.dumps([*RUNTIMES, *ON_DEMAND])}"]
+        options += [f"--set=artifacts={json.dumps([*RUNTIMES, *ON_DEMAND])}", '--set=device.devices=["local"]']
     place = Place(folder, tuple(options))
     return request.param, place, place.bundle()
 
