@@ -15,7 +15,7 @@ class Course:
     """What decides a run. ``stream`` int32 ``[n]``; ``validation`` int64 ``[k, window]``; ``bos`` begins each training window.
 
     ``layers`` are pairs of teacher's and student's layers whose outputs count with ``hidden_weight``; ``patience`` is the number
-    of validation measurements without a gain that end the run, 0 for none.
+    of validation measurements without a gain that end the run, 0 for none; ``precision`` as in the recipe.
     """
 
     steps: int
@@ -29,6 +29,7 @@ class Course:
     hidden_weight: float = 0.0
     layers: tuple[tuple[int, int], ...] = ()
     patience: int = 0
+    precision: str = "auto"
 
 
 def training_windows(course: Course, step: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ CLIP_NORM = 1.0
 EVALUATIONS = 8  # validation measurements spread over the run
 SAVE_SECONDS = 30.0
 LOGITS_AT_ONCE = 2**25  # elements of one logits tensor in memory: 128 MiB
+LARGEST_LOSS = 700.0  # nats: of more the exponential is no number
 DIVERGED_FACTOR, DIVERGED_FLOOR = 2.0, 0.05  # validation KL above factor * max(KL before, floor) stops the run
 
 
@@ -44,7 +45,10 @@ class Models:
 
 @dataclass
 class Progress:
-    """How far a run has come: ``curve`` holds step, mean training KL and hidden error since the last entry, and validation KL."""
+    """How far a run has come: ``curve`` holds step, mean training KL and hidden error since the last entry, and validation KL.
+
+    ``cpu_seconds`` of this process, of all its threads, one for each entry of the curve; ``cpu_spent`` until it was saved.
+    """
 
     step: int = 0
     best_step: int = 0
@@ -53,6 +57,8 @@ class Progress:
     stopped_early: bool = False
     curve: list[dict] = field(default_factory=list)
     pending: list[tuple[float, float]] = field(default_factory=list)  # KL and hidden error of the steps since the last entry
+    cpu_seconds: list[float] = field(default_factory=list)
+    cpu_spent: float = 0.0
 
 
 class Distillation:
@@ -69,6 +75,8 @@ class Distillation:
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=course.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
         self.progress = Progress()
+        self.started = time.process_time()
+        self.teacher_loss = loss_per_token(self.teacher, course.validation)
 
     def train_step(self) -> float:
         """One optimiser step; notes its KL and hidden error and returns what was minimised. Not finite: no use going on."""
@@ -103,7 +111,11 @@ class Distillation:
         """KL in nats per token and, where it counts, the hidden states' relative squared error, mean over layers."""
         pairs = self.course.layers if self.course.hidden_weight else ()
         teachers, students = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        with self.crew.autocast(), layer_outputs(self.teacher, teachers) as wanted, layer_outputs(self.student, students) as given:
+        with (
+            self.crew.autocast(self.course.precision),
+            layer_outputs(self.teacher, teachers) as wanted,
+            layer_outputs(self.student, students) as given,
+        ):
             kl = kl_per_token(self.teacher, self.student, windows)
             if not pairs:
                 return kl, None
@@ -115,17 +127,23 @@ class Distillation:
         measured = self.crew.add_up(kl_sum(self.teacher, self.student, self.crew.share(validation))) / len(validation)
         steps = len(progress.pending)
         train_kl, hidden = (sum(column) / steps for column in zip(*progress.pending, strict=True)) if steps else (math.nan, math.nan)
-        entry = {"train_kl": train_kl, "validation_kl": measured}
+        lost = loss_per_token(self.student, validation) - self.teacher_loss
+        entry = {"train_kl": train_kl, "validation_kl": measured, "validation_perplexity_ratio": math.exp(min(lost, LARGEST_LOSS))}
         if self.course.hidden_weight:
             entry["train_hidden_error"] = hidden
         numbers = {name: value if math.isfinite(value) else None for name, value in entry.items()}  # JSON knows no NaN
         progress.curve.append({"step": progress.step, **numbers})
         progress.pending.clear()
+        progress.cpu_seconds.append(round(self.cpu_spent(), 1))
         if measured < progress.best_kl:
             progress.best_kl, progress.best_step = measured, progress.step
             for name, parameter in self.parameters.items():
                 self.best[name].copy_(parameter.detach())
         return measured
+
+    def cpu_spent(self) -> float:
+        """CPU seconds since the run began, those before a kill included."""
+        return self.progress.cpu_spent + time.process_time() - self.started
 
     def out_of_patience(self) -> bool:
         """Whether the last measurements, as many as patience allows, were all no better than the best before them."""
@@ -142,7 +160,8 @@ class Distillation:
         file.parent.mkdir(exist_ok=True)
         draft = file.with_suffix(".draft")
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, draft, {"progress": json.dumps(asdict(self.progress))})
+        progress = replace(self.progress, cpu_spent=self.cpu_spent())
+        save_file(contiguous, draft, {"progress": json.dumps(asdict(progress))})
         os.replace(draft, file)
 
     @torch.no_grad()
@@ -219,6 +238,16 @@ def kl_sum(teacher: PreTrainedModel, student: PreTrainedModel, windows: torch.Te
     at_once = windows_at_once(windows.shape[1], student.config.vocab_size)
     parts = windows.to(student.device).split(at_once) if len(windows) else ()
     return sum(kl_per_token(teacher, student, part).item() * len(part) for part in parts)
+
+
+@torch.no_grad()
+def loss_per_token(model: PreTrainedModel, windows: torch.Tensor) -> float:
+    """Mean loss of the next token over windows int64 ``[k, seq]``, nats per token, in full precision."""
+    total = 0.0
+    for part in windows.to(model.device).split(windows_at_once(windows.shape[1], model.config.vocab_size)):
+        logits = model(part, use_cache=False).logits[:, :-1]  # [batch, seq - 1, vocab]
+        total += functional.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum").item()
+    return total / windows[:, 1:].numel()
 
 
 def windows_at_once(window_tokens: int, vocab_size: int) -> int:

@@ -59,7 +59,7 @@ def run(settings: RecoverSettings, out: Path, checkpoint: Path, prune: Path, tex
         "diverged": bool(progress and progress.diverged),
         "stopped_early": bool(progress and progress.stopped_early),
         "learning_rate": rate,
-        "precision": str(Team().precision()).removeprefix("torch."),
+        "precision": str(Team().precision(settings.precision)).removeprefix("torch."),
         "processes": processes(),
         "tokens_seen": (progress.step if progress else 0) * settings.batch_windows * settings.window_tokens,
         "sparsity": sum(int(mask.sum()) for mask in zeros.values()) / sum(mask.numel() for mask in zeros.values()),
@@ -68,6 +68,8 @@ def run(settings: RecoverSettings, out: Path, checkpoint: Path, prune: Path, tex
         "versions": library_versions("torch", "transformers", "safetensors", "numpy"),
     }
     write_json(out / "recover.json", record)
+    spent = progress.cpu_seconds if progress else []  # a file of its own: no two runs take the same time
+    write_json(out / "times.json", {"curve_cpu_seconds": spent, "threads": torch.get_num_threads()})
     shutil.rmtree(out / ".resume", ignore_errors=True)
 
 
@@ -91,6 +93,7 @@ def course_of(settings: RecoverSettings, student: PreTrainedModel, rate: float, 
         validation=validation,
         hidden_weight=settings.hidden_weight,
         patience=settings.patience,
+        precision=settings.precision,
         bos=json.loads((text / "text.json").read_text(encoding="utf-8"))["bos_token_id"],
     )
 

@@ -45,14 +45,16 @@ class Team:
         for parameter, part in zip(parameters, summed.split([gradient.numel() for gradient in gradients]), strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def precision(self) -> torch.dtype:
-        """What the large products are computed in: bfloat16 on a GPU that has it in hardware."""
+    def precision(self, asked: str = "auto") -> torch.dtype:
+        """What the large products are computed in; ``auto``: bfloat16 on a GPU that has it in hardware, else float32."""
+        if asked != "auto":
+            return getattr(torch, asked)
         fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
 
-    def autocast(self):
+    def autocast(self, asked: str = "auto"):
         """Mixed precision while computing a loss; weights, gradients and optimiser stay fp32."""
-        dtype = self.precision()
+        dtype = self.precision(asked)
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype=dtype)
 
 

@@ -126,7 +126,7 @@ def test_killed_run_resumes_to_the_same_bytes(checkpoints, pruned, text, tmp_pat
     make(tmp_path / "killed", SETTINGS, checkpoints["llama"], pruned["llama"], text)
     assert taken == [*range(10), *range(9, 24)]
     for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
+        assert path.name == "times.json" or path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
 
 
 def test_logits_in_parts_give_the_same_step(checkpoints, pruned, text, tmp_path, monkeypatch):
@@ -292,17 +292,22 @@ def test_killed_run_remembers_hidden_errors_and_patience(checkpoints, pruned, te
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
 
 
-def test_mixed_precision_is_for_gpus_and_keeps_weights_in_fp32(checkpoints, pruned, text, tmp_path, monkeypatch):
+def test_mixed_precision_unasked_is_for_gpus():
     alone = team.Team()
     if alone.device.type == "cpu":
-        assert alone.precision() == torch.float32
-    monkeypatch.setattr(team.Team, "precision", lambda self: torch.bfloat16)
+        assert alone.precision() == alone.precision("float32") == torch.float32
+    assert alone.precision("bfloat16") == torch.bfloat16
+
+
+def test_mixed_precision_keeps_weights_in_fp32_and_measures_in_full(checkpoints, pruned, text, tmp_path, monkeypatch):
+    alone = team.Team()
     seen = []
     kl_per_token = distil.kl_per_token
     monkeypatch.setattr(
         distil, "kl_per_token", lambda *given: seen.append(torch.is_autocast_enabled(alone.device.type)) or kl_per_token(*given)
     )
-    record = make(tmp_path / "out", SETTINGS, checkpoints["llama"], pruned["llama"], text)
+    settings = SETTINGS.model_copy(update={"precision": "bfloat16"})
+    record = make(tmp_path / "out", settings, checkpoints["llama"], pruned["llama"], text)
     assert record["precision"] == "bfloat16" and record["validation_kl"]["kept"] < 0.8 * record["validation_kl"]["before"]
     assert sum(seen) == 24 and len(seen) == 24 + 1 + 9  # every step in mixed precision; damage and nine measurements in full
     assert record["validation_kl"]["kept"] == pytest.approx(naive_kl(checkpoints["llama"], tmp_path / "out", text), rel=1e-4)
