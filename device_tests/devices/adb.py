@@ -78,7 +78,7 @@ class Phone:
                 raise
             except (ArtifactFailure, DeviceTestError) as error:
                 result = failed_result(job, self.name, self.board["isa"], " ".join(str(error).split()))
-            self._remove()
+            remove(self._link, self.folder)
         return result
 
     def _measure(self, job: Job) -> dict[str, Any]:
@@ -147,14 +147,16 @@ class Phone:
         return asdict(record)
 
     def close(self) -> None:
-        """Stop what may still run, and remove every folder of ours; a phone that is gone keeps it until the next run."""
+        """Stop what may still run and remove the folder; a phone that is gone keeps it until the next run."""
         try:
-            self._remove()
+            remove(self._link, self.folder)
         except DeviceUnavailable:
             self._tell(self.name, f"the phone is gone and keeps {self.folder}; the next run there removes it")
 
-    def _remove(self) -> None:
-        self._link.shell(f"{STOP.format(folder=self.folder)}; rm -rf {self.folder}")
+
+def remove(link: Link, folder: str) -> None:
+    """Stop what still runs in ``folder``, which may be a pattern, and remove it."""
+    link.shell(f"{STOP.format(folder=folder)}; rm -rf {folder}")
 
 
 def why_missing(runtime: str, address: Address) -> str | None:
@@ -182,10 +184,12 @@ def open_at(address: str, tell: Tell) -> Iterator[Phone]:
     given = parse(address)
     link = connect(given.serial)
     board = describe(link)
+    if not board["abis"]:
+        raise DeviceUnavailable(f"{link.name}: getprop tells no instruction set; reboot the phone")
     for program in given.programs.values():
-        check_runner(program, board["abis"] or ["the phone"], link.name)
+        check_runner(program, board["abis"], link.name)
     with _alone(link, tell):
-        link.shell(f"rm -rf {FOLDER}/{PREFIX}*")  # of a run whose phone went away
+        remove(link, f"{FOLDER}/{PREFIX}*")  # of a run whose phone went away: its program may still run
         phone = Phone(link, given, board, tell)
         try:
             yield phone

@@ -58,6 +58,16 @@ def arguments(model: str, key: str, signature: Signature, threads: int, pace: Pa
     ]
 
 
+def unknown_flags(text: str) -> tuple[str, ...]:
+    """The flags that this build leaves aside. ArtifactFailure when nothing can be told without them."""
+    told = re.search(r"Unconsumed cmdline flags: (.*)", text)
+    flags = tuple(word.split("=")[0] for word in told.group(1).split()) if told else ()
+    missing = sorted(set(flags) - MAY_BE_UNKNOWN)
+    if missing:
+        raise ArtifactFailure(f"{PROGRAM} does not know {', '.join(missing)}; give a newer one, and that of TFLite's Interpreter API")
+    return flags
+
+
 def read_benchmark(text: str) -> Benchmark:
     """Parse what ``benchmark_model`` prints. ArtifactFailure when it is something else, or knows too few flags."""
     number = r"([0-9.e+]+)"
@@ -66,11 +76,7 @@ def read_benchmark(text: str) -> Benchmark:
     counts = re.findall(r"^(?:INFO: )?(count=\d+ .*)$", text, re.MULTILINE)
     if not found or not counts:
         raise ArtifactFailure(f"{PROGRAM} printed no timings ({telling_line(text)}); give the benchmark_model of LiteRT or TFLite")
-    unknown = re.search(r"Unconsumed cmdline flags: (.*)", text)
-    flags = tuple(word.split("=")[0] for word in unknown.group(1).split()) if unknown else ()
-    missing = sorted(set(flags) - MAY_BE_UNKNOWN)
-    if missing:
-        raise ArtifactFailure(f"{PROGRAM} does not know {', '.join(missing)}; give a newer build")
+    flags = unknown_flags(text)
     statistics = dict(re.findall(rf"(\w+)={number}", counts[-1]))
     microseconds = [float(value) for value in found.groups()]
     if not all(math.isfinite(value) and value > 0 for value in microseconds):

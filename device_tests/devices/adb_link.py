@@ -123,7 +123,8 @@ class Link:
             return "hangs"
 
     def _lost(self, done: subprocess.CompletedProcess[str]) -> DeviceUnavailable:
-        return DeviceUnavailable(f"{self.name}: the phone went away ({_last_line(done)}); plug it in again and run once more")
+        said = _last_line(done) if done.stderr.strip() else "the connection ended in the middle of a command"
+        return DeviceUnavailable(f"{self.name}: the phone went away ({said}); plug it in again and run once more")
 
 
 def connect(wanted: str) -> Link:

@@ -10,7 +10,7 @@ from device_tests.devices.adb_link import Link
 FOLDER = "/data/local/tmp"  # where the shell's user may write and run programs
 ISAS = {"arm64-v8a": "aarch64", "armeabi-v7a": "armv7l", "armeabi": "armv6l", "x86_64": "x86_64", "x86": "i686", "riscv64": "riscv64"}
 THERMAL_STATUS = ("none", "light", "moderate", "severe", "critical", "emergency", "shutdown")
-CPU_FREQUENCY = "/sys/devices/system/cpu/cpu*/cpufreq"
+CPU_FREQUENCY = "/sys/devices/system/cpu/cpu*/cpufreq"  # some phones let the shell read some of it
 
 
 def describe(link: Link) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def describe(link: Link) -> dict[str, Any]:
 def condition(link: Link) -> dict[str, Any]:
     """What changes while tests run. The temperature is the battery's; ``throttled`` is what the thermal service says."""
     status = thermal_status(link.read("dumpsys thermalservice"))
-    clocks = [int(word) for word in link.read(f"cat {CPU_FREQUENCY}/scaling_cur_freq 2>/dev/null").split() if word.isdigit()]
-    governors = link.read(f"cat {CPU_FREQUENCY}/scaling_governor 2>/dev/null").split()
+    clocks = [int(word) for word in link.read(f"cat {CPU_FREQUENCY}/scaling_cur_freq 2>/dev/null || true").split() if word.isdigit()]
+    governors = link.read(f"cat {CPU_FREQUENCY}/scaling_governor 2>/dev/null || true").split()
     return {
         "temperature_c": battery_c(link.read("dumpsys battery")),
         "thermal_status": None if status is None else THERMAL_STATUS[status],

@@ -6,6 +6,7 @@ import re
 import shlex
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ rm -f pid
 echo "$peak"
 cat said.txt
 exit $code"""
-STOP = "[ -f {folder}/pid ] && kill -9 $(cat {folder}/pid); rm -f {folder}/pid"
+# {folder} may be a pattern: every program that still runs there
+STOP = "for file in {folder}/pid; do [ -f $file ] && kill -9 $(cat $file) && rm -f $file; done"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Runner:
-    """A program in ``folder`` of the phone. It is stopped at ``deadline`` (of time.monotonic), ``limit_s`` after the job began."""
+    """A program in ``folder`` of the phone, a path without blanks.
+
+    It is left alone at ``deadline`` (of time.monotonic), ``limit_s`` after the job began; STOP ends it.
+    """
 
     link: Link
     folder: str
@@ -61,15 +66,19 @@ class Runner:
     deadline: float
     limit_s: float
 
-    def run(self, arguments: list[str]) -> Said:
-        """Run to its end. ArtifactFailure, one line, when it fails, dies or takes too long."""
+    def run(self, arguments: list[str], check: Callable[[str], object] | None = None) -> Said:
+        """Run to its end. ArtifactFailure, one line, when it fails, dies or takes too long.
+
+        ``check`` reads the output before the exit code is judged, and may raise what says more.
+        """
         command = " ".join(shlex.quote(word) for word in (f"./{self.program}", *arguments))
-        script = SCRIPT.format(folder=shlex.quote(self.folder), command=command, poll_s=POLL_S)
+        script = SCRIPT.format(folder=self.folder, command=command, poll_s=POLL_S)
         try:
             answer = self.link.shell(script, max(1.0, self.deadline - time.monotonic()))
-        except TimedOut as error:
-            self.link.shell(STOP.format(folder=shlex.quote(self.folder)))
+        except TimedOut as error:  # who removes the folder stops it
             raise ArtifactFailure(f"{self.program} {how_it_ended(None, '', self.limit_s)}") from error
+        if check is not None:
+            check(answer.text)
         if answer.code != 0:
             raise ArtifactFailure(f"{self.program} {how_it_ended(answer.code, telling_line(answer.text), self.limit_s)}")
         memory = re.match(r"VmHWM:\s*(\d+) kB", answer.text)

@@ -16,7 +16,7 @@ import numpy as np
 from device_tests.answers import golden_answers
 from device_tests.artifact import Artifact, sha256_of
 from device_tests.check import CheckOptions
-from device_tests.devices.adb_benchmark_model import OUTPUTS, PROGRAM, Benchmark, Pace, arguments, read_benchmark
+from device_tests.devices.adb_benchmark_model import OUTPUTS, PROGRAM, Benchmark, Pace, arguments, read_benchmark, unknown_flags
 from device_tests.devices.adb_runner import POLL_S, Measured, Runner
 from device_tests.devices.job import Run
 from device_tests.devices.tflite_file import Signature, Tensor, read_signatures
@@ -57,7 +57,7 @@ class PhoneInterpreter:
         """Run a signature; its outputs by name, zeros where the program does not write them."""
         self._send(signature.inputs, feeds)
         self._runner.link.shell(f"rm -f {self._runner.folder}/{OUTPUTS}")
-        said = self._runner.run(arguments(self._model.name, key, signature, self._threads, self.pace))
+        said = self._runner.run(arguments(self._model.name, key, signature, self._threads, self.pace), unknown_flags)
         self.last = read_benchmark(said.text)
         if said.peak_mb is not None:
             self.peak_mb = max(said.peak_mb, self.peak_mb or 0.0)

@@ -2,8 +2,9 @@
 
 It follows tflite/tools/benchmark: unknown flags are warned of and left aside, inputs go to a signature's graph in the graph's order,
 a file of another length is fatal, and the outputs are written one after the other in the graph's order. STAND_IN_BENCHMARK changes
-it: ``old`` (a build without --output_filepath and without percentiles), ``older`` (without signatures too), ``zeros`` (kernels that
-answer zeros), ``illegal`` (dies by SIGILL), ``silent`` (prints nothing), ``sleepy`` (never ends).
+it: ``old`` (a build without --output_filepath and without percentiles), ``older`` (without signatures too), ``compiled`` (the program
+of the CompiledModel API, which has the same name and feeds random numbers), ``zeros`` (kernels that answer zeros), ``illegal`` (dies by
+SIGILL), ``silent`` (prints nothing).
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ FLAGS = {
     "graph", "num_threads", "num_runs", "min_secs", "max_secs", "warmup_runs", "warmup_min_secs", "use_xnnpack", "input_layer",
     "input_layer_shape", "input_layer_value_files", "signature_to_run_for", "output_filepath",
 }  # fmt: skip
-UNKNOWN = {"old": {"output_filepath"}, "older": {"output_filepath", "signature_to_run_for"}}
+INPUTS = {"input_layer", "input_layer_shape", "input_layer_value_files"}
+UNKNOWN = {
+    "old": {"output_filepath"},
+    "older": {"output_filepath", "signature_to_run_for"},
+    "compiled": {"output_filepath", "use_xnnpack", *INPUTS},
+}
 
 
 def say(words: str) -> None:
@@ -78,8 +84,9 @@ def misbehave() -> None:
         os.kill(os.getpid(), signal.SIGILL)
     if KIND == "silent":
         sys.exit(0)
-    if KIND == "sleepy":
-        time.sleep(600)
+    if KIND == "compiled":
+        print("ERROR: [benchmark_litert_model.h:205] Run failed\nERROR: Benchmarking failed.", file=sys.stderr)
+        sys.exit(1)
 
 
 def graph_of(path: str, key: str) -> tuple[object, list[str], list[str]]:

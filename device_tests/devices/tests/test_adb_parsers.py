@@ -77,7 +77,8 @@ def test_lists_of_phones(lines, expected):
 
 def test_words_of_android():
     assert properties_of(PROPERTIES.format(abi="arm64-v8a"))["ro.product.model"] == "Pixel 8"
-    assert battery_c(BATTERY) == 31.4, "the event log's older temperatures are not the battery's"
+    assert battery_c(BATTERY) == 31.4
+    assert battery_c("08-11 18:34:14.721  Sending ACTION_BATTERY_CHANGED: voltage:4120, temperature:345\n") is None, "an older one"
     assert battery_c("  temperature: -52\n") == -5.2 and battery_c("Can't find service: battery") is None
     assert thermal_status(THERMAL.format(status=3)) == 3, "not the mStatus of a cached sensor"
     assert thermal_status("Can't find service: thermalservice") is None
