@@ -169,7 +169,12 @@ def why_missing(runtime: str, address: Address) -> str | None:
 def notes_of(job: Job, conditions: dict[str, dict[str, Any]]) -> list[str]:
     """What a reader must know besides the runner's own notes."""
     notes = ["temperatures are the battery's; the file was in the page cache when it was loaded, for it had just been sent"]
-    wanted = [name for name, value in (("quality", job.run.quality), ("answers", job.run.answers), ("tokens", job.run.tokens)) if value]
+    untested = (
+        ("perplexity over the evaluation text", job.run.quality),
+        ("single tokens' scores", job.run.tokens),
+        ("agreement with this machine", job.run.answers),
+    )
+    wanted = [what for what, given in untested if given]
     if wanted:
         notes.append(f"not tested on a phone: {', '.join(wanted)}")
     throttled = [f"{when}: {state['thermal_status']}" for when, state in conditions.items() if state["throttled"]]
