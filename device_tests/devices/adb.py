@@ -129,11 +129,12 @@ class Phone:
             device=self.name,
             isa=board["isa"],
             runtime=job.run.runtime,
-            runtime_version=f"{program.name}, SHA-256 {sha256_of(program)[:12]}",
+            runtime_version=sha256_of(program)[:12],  # the programs print no version
             threads=job.run.threads,
             emulated=self.emulated,
             environment={
                 **{name: str(board[name]) for name in ("kernel", "system", "build")},
+                "program": f"{program.name}, SHA-256 {sha256_of(program)}",
                 "libc": "bionic",
                 "cpus": str(board["cores"]),
                 **measured.environment,

@@ -91,7 +91,8 @@ def test_tflite_is_timed_and_its_logits_are_those_of_the_reference(phone, progra
     assert record["passed"], record["failures"]
     assert record["device"] == f"adb://{SERIAL}" and record["threads"] == 2 and record["environment"]["system"] == "Android 14 (sdk 34)"
     assert record["max_abs_diff"] < 5e-5 and record["top1"] == 1.0 and record["golden_tokens"] == 9, "three windows, three rows each"
-    assert record["greedy_tokens"] is None
+    assert record["greedy_tokens"] is None and re.fullmatch("[0-9a-f]{12}", record["runtime_version"])
+    assert record["environment"]["program"].startswith(f"benchmark_model, SHA-256 {record['runtime_version']}")
     assert record["prompt_tokens"] == 8 and 0 < record["first_token_ms"] and record["load_ms"] > 0 and record["decode_ms_p50"] > 0
     assert record["decode_ms"] == [] and record["decode_ms_p90"] is None and record["decode_tokens_per_s"] > 0
     assert 20 < record["peak_rss_mb"] < 1000, "VmHWM of a Python process with LiteRT"
