@@ -61,7 +61,7 @@ def describe(root: Path = ROOT) -> dict[str, Any]:
         "python": platform.python_version(),
         "python_bits": struct.calcsize("P") * 8,
         "venv": importlib.util.find_spec("venv") is not None,
-        "ensurepip": importlib.util.find_spec("ensurepip") is not None,  # Debian keeps it in a package of its own
+        "ensurepip": _has_ensurepip(),
         "emulated": emulated,
     }
 
@@ -132,6 +132,12 @@ def libc() -> str | None:
         return os.confstr("CS_GNU_LIBC_VERSION")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _has_ensurepip() -> bool:
+    """Debian keeps it in a package of its own. A folder without code in it is none."""
+    found = importlib.util.find_spec("ensurepip")
+    return found is not None and found.origin is not None
 
 
 def _model(root: Path, cpuinfo: dict[str, str]) -> str | None:
