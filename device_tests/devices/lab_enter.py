@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 from dataclasses import asdict, dataclass, field
@@ -71,6 +72,7 @@ def enter(entry: Entry) -> None:
     program = os.open(entry.program, os.O_RDONLY) if entry.program else None
     _own_mounts(as_user=entry.emulator is not None or os.geteuid() != 0)
     libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # who started this must not leave it behind when killed
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an emulator would write its core into the folder it stands in
     _furnish(entry)
     os.chdir(entry.root)
     _mount(".", "/", MS_MOVE)
