@@ -33,7 +33,6 @@ from device_tests.errors import DeviceTestError
 WORK = Path(".pocketlm")
 RECORD = "lab.json"
 SITE = "opt/runtimes"  # in the root folder: apart from Python's own places, so that a login meets a bare board
-HOME = "/home/pi"
 PASSWD = "root:x:0:0:root:/root:/bin/bash\npi:x:1000:1000::/home/pi:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
 GROUP = "root:x:0:\npi:x:1000:\nnogroup:x:65534:\n"
 Tell = Callable[[str, str], None]

@@ -26,7 +26,7 @@ PR_SET_PDEATHSIG = 1
 # ELF, 64 bits, little endian, executable or shared, machine 183 (EM_AARCH64)
 MAGIC = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
 MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
-SCRATCH = ("/tmp", "/run", "/mnt", "/home")  # empty, writable and gone with the command; everything else is read-only
+SCRATCH = ("/tmp", "/run", "/mnt", "/home", "/sys")  # empty, writable and gone with the command; everything else is read-only
 CANNOT = 2  # exit code when the command was not reached
 
 
@@ -34,16 +34,17 @@ CANNOT = 2  # exit code when the command was not reached
 class Entry:
     """What to run where. ``binds`` are (path here, path in the root), made below ``SCRATCH`` where the root has no such path.
 
-    ``program`` is a file here that is run instead of the command's first word (a statically linked emulator); ``emulator`` is one
-    that the kernel shall start for every ARM64 program in the root. ``user`` is the user and group id that the command sees, None
-    for 0. ``environment`` is all that the command gets, with the variables here that are named in ``inherited``.
+    ``files`` maps paths in the root to texts that stand there, also over what /proc says. ``environment`` is all that the command
+    gets. ``program`` is a file here that is run instead of the command's first word (a statically linked emulator); ``emulator`` is
+    one that the kernel shall start for every ARM64 program in the root. ``user`` is the user and group id that the command sees,
+    None for 0.
     """
 
     root: str
     command: list[str]
     environment: dict[str, str]
-    inherited: list[str] = field(default_factory=list)
     binds: list[tuple[str, str]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
     program: str | None = None
     emulator: str | None = None
     user: int | None = None
@@ -80,10 +81,9 @@ def enter(entry: Entry) -> None:
     if entry.user is not None:
         _check(libc().unshare(CLONE_NEWUSER), "the kernel allows no second user namespace")
         _map(entry.user, 0, entry.user, 0)
-    environment = {**entry.environment, **{name: os.environ[name] for name in entry.inherited if name in os.environ}}
     try:
         os.chdir(entry.folder)
-        os.execve(entry.command[0] if program is None else program, entry.command, environment)
+        os.execve(entry.command[0] if program is None else program, entry.command, entry.environment)
     except OSError as error:
         raise _Refused(f"{entry.command[0]} cannot be started in {entry.root} ({error.strerror})") from error
 
@@ -98,15 +98,26 @@ def _furnish(entry: Entry) -> None:
     for place in SCRATCH:
         _mount("tmpfs", entry.root + place, MS_NOSUID | MS_NODEV, "tmpfs")
     for source, place in entry.binds:
+        _bind(source, Path(entry.root + place))
+    for number, (place, text) in enumerate(entry.files.items()):
         target = Path(entry.root + place)
-        if not target.exists() and Path(source).is_dir():
-            target.mkdir(parents=True)
-        elif not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.touch()
-        _mount(source, str(target), MS_BIND | MS_REC)
+        file = Path(f"{entry.root}/run/file-{number}") if target.exists() else target
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+        if file != target:
+            _bind(str(file), target)
     if entry.emulator:
         _emulate(entry.root, entry.emulator)
+
+
+def _bind(source: str, target: Path) -> None:
+    """Show ``source`` at ``target``, which is made where there is nothing yet."""
+    if not target.exists() and Path(source).is_dir():
+        target.mkdir(parents=True)
+    elif not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
+    _mount(source, str(target), MS_BIND | MS_REC)
 
 
 def libc() -> ctypes.CDLL:
