@@ -1,7 +1,7 @@
-"""What decides a recovery run: how long, on what text, and for every step its windows and its learning rate."""
+"""What decides a recovery run: how long, on what text, for every step its windows and its learning rate; and how far it has come."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ class Course:
     """What decides a run. ``stream`` int32 ``[n]``; ``validation`` int64 ``[k, window]``; ``bos`` begins each training window.
 
     ``layers`` are pairs of teacher's and student's layers whose outputs count with ``hidden_weight``; ``patience`` is the number
-    of validation measurements without a gain that end the run, 0 for none; ``precision`` as in the recipe.
+    of validation measurements without a gain that end the run, 0 for none; ``precision`` as in the recipe;
+    ``sparsity`` the share of zeros that training itself has to reach, 0 for none.
     """
 
     steps: int
@@ -30,6 +31,25 @@ class Course:
     layers: tuple[tuple[int, int], ...] = ()
     patience: int = 0
     precision: str = "auto"
+    sparsity: float = 0.0
+
+
+@dataclass
+class Progress:
+    """How far a run has come: ``curve`` holds step, mean training KL and hidden error since the last entry, and validation KL.
+
+    ``cpu_seconds`` of this process, of all its threads, one for each entry of the curve; ``cpu_spent`` until it was saved.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    best_kl: float = math.inf
+    diverged: bool = False
+    stopped_early: bool = False
+    curve: list[dict] = field(default_factory=list)
+    pending: list[tuple[float, float]] = field(default_factory=list)  # KL and hidden error of the steps since the last entry
+    cpu_seconds: list[float] = field(default_factory=list)
+    cpu_spent: float = 0.0
 
 
 def training_windows(course: Course, step: int) -> torch.Tensor:

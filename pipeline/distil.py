@@ -4,24 +4,23 @@ Every step is a function of its number and the seed alone (data, learning rate),
 with the same bytes as one that was never interrupted. Optionally the hidden states after each layer are made alike too.
 """
 
-import json
 import math
-import os
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from models.checkpoint import load_model
+from models.errors import GateError
 from models.families import linear_layers
 from models.progress import track
-from pipeline.course import Course, learning_rate_at, training_windows
+from pipeline.course import Course, Progress, learning_rate_at, training_windows
+from pipeline.distil_saved import restore, save
+from pipeline.gradual import GradualPruning
 from pipeline.hidden_states import layer_outputs, relative_error
 from pipeline.team import Team, team
 
@@ -43,24 +42,6 @@ class Models:
     student_folder: Path
 
 
-@dataclass
-class Progress:
-    """How far a run has come: ``curve`` holds step, mean training KL and hidden error since the last entry, and validation KL.
-
-    ``cpu_seconds`` of this process, of all its threads, one for each entry of the curve; ``cpu_spent`` until it was saved.
-    """
-
-    step: int = 0
-    best_step: int = 0
-    best_kl: float = math.inf
-    diverged: bool = False
-    stopped_early: bool = False
-    curve: list[dict] = field(default_factory=list)
-    pending: list[tuple[float, float]] = field(default_factory=list)  # KL and hidden error of the steps since the last entry
-    cpu_seconds: list[float] = field(default_factory=list)
-    cpu_spent: float = 0.0
-
-
 class Distillation:
     """A teacher, a student in training, the student's best state so far, and the optimiser, saved and restored together."""
 
@@ -72,6 +53,8 @@ class Distillation:
         self.parameters = dict(self.student.named_parameters())
         linears = linear_layers(self.student)
         self.masks = {f"{name}.weight": module.weight != 0 for name, module in linears.items() if (module.weight == 0).any()}
+        weights = {f"{name}.weight": module.weight for name, module in linears.items()}
+        self.gradual = GradualPruning(weights, course.sparsity, course.steps) if course.sparsity else None
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=course.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
         self.progress = Progress()
@@ -95,6 +78,8 @@ class Distillation:
                 sums[1] += hidden.item() * share
             loss.backward()
         self.crew.add_up_gradients(list(self.parameters.values()))
+        if self.gradual:
+            self.prune_on(number)
         for name, mask in self.masks.items():  # Adam leaves a weight alone whose gradient was never anything but zero
             self.parameters[name].grad.mul_(mask)
         nn.utils.clip_grad_norm_(self.parameters.values(), CLIP_NORM)
@@ -106,6 +91,27 @@ class Distillation:
         kl, hidden = (self.crew.add_up(number) for number in sums)
         self.progress.pending.append((kl, hidden))
         return kl + course.hidden_weight * hidden
+
+    def prune_on(self, number: int) -> None:
+        """Let the weights go that are due at a step, and with them the speed that Adam would go on moving them at."""
+        self.gradual.look()
+        if not self.gradual.due(number):
+            return
+        self.masks = self.gradual.masks_at(number)
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                self.parameters[name].mul_(mask)
+                if self.parameters[name] in self.optimizer.state:
+                    self.optimizer.state[self.parameters[name]]["exp_avg"].mul_(mask)
+
+    def complete(self, step: int) -> bool:
+        """Whether a model after ``step`` steps has as many zeros as it is to have."""
+        return self.gradual is None or step > self.gradual.last
+
+    def limit(self) -> float:
+        """The validation KL that means divergence: by the first measurement of a model that is complete."""
+        first = next((entry["validation_kl"] for entry in self.progress.curve if self.complete(entry["step"])), math.inf)
+        return DIVERGED_FACTOR * max(first, DIVERGED_FLOOR)
 
     def losses(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """KL in nats per token and, where it counts, the hidden states' relative squared error, mean over layers."""
@@ -135,7 +141,7 @@ class Distillation:
         progress.curve.append({"step": progress.step, **numbers})
         progress.pending.clear()
         progress.cpu_seconds.append(round(self.cpu_spent(), 1))
-        if measured < progress.best_kl:
+        if measured < progress.best_kl and self.complete(progress.step):
             progress.best_kl, progress.best_step = measured, progress.step
             for name, parameter in self.parameters.items():
                 self.best[name].copy_(parameter.detach())
@@ -147,39 +153,16 @@ class Distillation:
 
     def out_of_patience(self) -> bool:
         """Whether the last measurements, as many as patience allows, were all no better than the best before them."""
-        since = [entry for entry in self.progress.curve if entry["step"] > self.progress.best_step]
+        since = [entry for entry in self.progress.curve if entry["step"] > self.progress.best_step and self.complete(entry["step"])]
         return 0 < self.course.patience <= len(since)
-
-    def save(self, file: Path) -> None:
-        """Write everything that `restore` needs; the file is replaced whole or not at all."""
-        tensors = {}
-        for name, parameter in self.parameters.items():
-            tensors[f"student.{name}"], tensors[f"best.{name}"] = parameter.detach(), self.best[name]
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}.{name}"] = value
-        file.parent.mkdir(exist_ok=True)
-        draft = file.with_suffix(".draft")
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        progress = replace(self.progress, cpu_spent=self.cpu_spent())
-        save_file(contiguous, draft, {"progress": json.dumps(asdict(progress))})
-        os.replace(draft, file)
-
-    @torch.no_grad()
-    def restore(self, file: Path) -> None:
-        """Go back to what `save` wrote."""
-        with safe_open(file, framework="pt", device=str(self.crew.device)) as saved:
-            self.progress = Progress(**json.loads(saved.metadata()["progress"]))
-            for name, parameter in self.parameters.items():
-                parameter.copy_(saved.get_tensor(f"student.{name}"))
-                self.best[name].copy_(saved.get_tensor(f"best.{name}"))
-                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in saved.keys()]  # noqa: SIM118
-                self.optimizer.state[parameter] = {key: saved.get_tensor(f"{key}.{name}") for key in keys}
 
 
 def distil(models: Models, course: Course, resume_file: Path) -> Progress:
     """Train ``models.student`` in place and leave its best state in it. Resumes from ``resume_file`` and keeps it up to date."""
     with team(train_beside, (models.teacher_folder, models.student_folder, course, resume_file)) as crew:
         distillation = train(models.teacher, models.student, course, resume_file, crew)
+    if distillation.progress.best_kl == math.inf:
+        raise GateError("recovery diverged before it had removed what recover.sparsity asks for; set recover.learning_rate lower")
     with torch.no_grad():
         for name, parameter in distillation.parameters.items():
             parameter.copy_(distillation.best[name])
@@ -196,25 +179,24 @@ def train(teacher: PreTrainedModel, student: PreTrainedModel, course: Course, re
     """The steps of one process of the team, to the end, to divergence or out of patience; the first one saves and draws."""
     distillation = Distillation(teacher, student, course, crew)
     if resume_file.is_file():
-        distillation.restore(resume_file)
+        restore(distillation, resume_file)
     else:
         distillation.evaluate()
     progress = distillation.progress
-    limit = DIVERGED_FACTOR * max(progress.curve[0]["validation_kl"], DIVERGED_FLOOR)
     evaluated_at = {round(course.steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
     saved = time.monotonic()
     steps = range(progress.step, course.steps)
     for _ in track(steps, "recovering") if crew.rank == 0 else steps:
         loss = distillation.train_step()
         measured = distillation.evaluate() if progress.step in evaluated_at else 0.0
-        if not (math.isfinite(loss) and measured <= limit):
+        if not (math.isfinite(loss) and measured <= distillation.limit()):
             progress.diverged = True
             break
         if progress.step in evaluated_at and progress.step < course.steps and distillation.out_of_patience():
             progress.stopped_early = True
             break
         if crew.rank == 0 and time.monotonic() - saved > SAVE_SECONDS:
-            distillation.save(resume_file)
+            save(distillation, resume_file)
             saved = time.monotonic()
     return distillation
 

@@ -19,6 +19,7 @@ from models.checkpoint import load_model, save_model
 from models.errors import GateError, UserError
 from models.families import linear_layers
 from models.provenance import library_versions, settings_record, write_json
+from pipeline import gradual
 from pipeline.course import Course
 from pipeline.distil import Models, Progress, distil, validation_kl
 from pipeline.hidden_states import shared_layers
@@ -44,13 +45,14 @@ def run(settings: RecoverSettings, out: Path, checkpoint: Path, prune: Path, tex
     rate, progress, why_not = None, None, None
     if settings.steps == 0:
         why_not = "recover.steps is 0"
-    elif damage <= NOTHING_LOST_KL:
+    elif damage <= NOTHING_LOST_KL and not settings.sparsity:
         why_not = "the pruned model is the dense model"
     else:
-        rate = settings.learning_rate or learning_rate_for(damage, student.config.hidden_size)
+        rate = settings.learning_rate or peak_rate(settings, damage, student.config.hidden_size)
         course = replace(course_of(settings, student, rate, validation, text), layers=layers)
         progress = distil(Models(teacher, student, checkpoint, prune), course, out / ".resume" / "distillation.safetensors")
         check_zeros(student, zeros)
+        check_left(student)
     save_model(student, out, tokenizer_from=prune)
     record = {
         "validation_kl": {"before": damage, **kl_after(progress, damage)},
@@ -62,7 +64,7 @@ def run(settings: RecoverSettings, out: Path, checkpoint: Path, prune: Path, tex
         "precision": str(Team().precision(settings.precision)).removeprefix("torch."),
         "processes": processes(),
         "tokens_seen": (progress.step if progress else 0) * settings.batch_windows * settings.window_tokens,
-        "sparsity": sum(int(mask.sum()) for mask in zeros.values()) / sum(mask.numel() for mask in zeros.values()),
+        "sparsity": sparsity_of(student),
         "curve": progress.curve if progress else [],
         "settings": settings_record(settings),
         "versions": library_versions("torch", "transformers", "safetensors", "numpy"),
@@ -94,8 +96,16 @@ def course_of(settings: RecoverSettings, student: PreTrainedModel, rate: float, 
         hidden_weight=settings.hidden_weight,
         patience=settings.patience,
         precision=settings.precision,
+        sparsity=settings.sparsity,
         bos=json.loads((text / "text.json").read_text(encoding="utf-8"))["bos_token_id"],
     )
+
+
+def peak_rate(settings: RecoverSettings, damage: float, hidden_size: int) -> float:
+    """The learning rate where none is given: by the damage that is there, or for what training itself will remove."""
+    if settings.sparsity:
+        return gradual.LEARNING_RATE * min(1.0, TUNED_HIDDEN_SIZE / hidden_size)
+    return learning_rate_for(damage, hidden_size)
 
 
 def learning_rate_for(damage: float, hidden_size: int) -> float:
@@ -120,6 +130,19 @@ def check_zeros(model: PreTrainedModel, zeros: dict[str, torch.Tensor]) -> None:
         grown = int((module.weight[zeros[name]] != 0).sum())
         if grown:
             raise GateError(f"recovery let {grown} pruned weights of {name} grow back (limit 0); report this as a bug")
+
+
+def check_left(model: PreTrainedModel) -> None:
+    """UserError where nothing is left of a layer."""
+    for name, module in linear_layers(model).items():
+        if not module.weight.any():
+            raise UserError(f"recover.sparsity leaves nothing of {name}; set it lower, or recover.learning_rate")
+
+
+def sparsity_of(model: PreTrainedModel) -> float:
+    """Share of zeros in the linear layers."""
+    masks = zero_masks(model).values()
+    return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def kl_after(progress: Progress | None, damage: float) -> dict[str, float]:

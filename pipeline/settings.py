@@ -52,9 +52,22 @@ class RecoverSettings(StageSettings):
         0.0, ge=0.0, description="weight of the hidden states' relative squared error beside KL; needs equal hidden sizes"
     )
     patience: int = Field(0, ge=0, description="validation measurements without a gain after which recovery stops; 0: never early")
+    sparsity: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of the linear layers' weights that is zero in the end: recovery removes them little by little; 0: none",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the large products; auto: bfloat16 on a GPU that has it, else float32; weights stay float32"
     )
+
+    @model_validator(mode="after")
+    def nothing_is_ignored(self) -> "RecoverSettings":
+        """Weights that go while recovering need steps to go in."""
+        if self.sparsity and not self.steps:
+            raise ValueError(f"sparsity is {self.sparsity} but steps is 0, so it would do nothing; set steps, or use prune.sparsity")
+        return self
 
 
 class SmoothSettings(StageSettings):

@@ -289,7 +289,7 @@ def test_killed_run_remembers_hidden_errors_and_patience(checkpoints, pruned, te
         recover.run(settings, tmp_path / "killed", **arguments)
     make(tmp_path / "killed", settings, checkpoints["llama"], pruned["llama"], text)
     for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
+        assert path.name == "times.json" or path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
 
 
 def test_mixed_precision_unasked_is_for_gpus():
