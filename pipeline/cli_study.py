@@ -153,15 +153,22 @@ def lm_eval(
 def prices(
     quick: Annotated[bool, typer.Option(help="fewer rows and shorter recovery")] = False,
     only_kept: Annotated[bool, typer.Option("--only-kept", help="leave out what was not made before")] = False,
+    keep_artifacts: Annotated[
+        bool, typer.Option("--keep-artifacts", help="leave the rows of artifacts as prices.json has them, whatever version measured them")
+    ] = False,
     work: Work = WORK,
     out: Annotated[Path, typer.Option(help="folder that prices.json, prices.md and the plots are written to")] = Path("docs"),
     as_json: AsJson = False,
 ) -> None:
     """Measure what every way of shrinking costs and saves on the demo model. Rows that are there are not measured again."""
     from pipeline.prices import Prices, measure_prices
+    from pipeline.prices_kept import Earlier
     from pipeline.prices_report import write_prices
 
-    found = measure_prices(Prices(work, quick, only_kept), tell)
+    earlier = Earlier.read(out)
+    if keep_artifacts and not earlier.found.get("artifacts"):
+        raise UserError(f"--keep-artifacts: {out / 'prices.json'} holds no rows of artifacts; leave the option out")
+    found = measure_prices(Prices(work, quick, only_kept, keep_artifacts, earlier), tell)
     write_prices(found, out)
     if as_json:
         print(json.dumps(found, indent=1))

@@ -36,6 +36,29 @@ class ArtifactRow:
     outliers: bool = False
 
 
+@dataclass(frozen=True)
+class LongRow:
+    """A heavy cut that recovers for ``steps``; ``target`` is the perplexity over the dense model's that it is to come back to."""
+
+    name: str
+    target: float
+    steps: int
+    overrides: tuple[str, ...]
+
+
+CONTROL_STEPS = 400
+
+
+def long_rows() -> tuple[LongRow, ...]:
+    """About ten minutes on two cores each, or as much of them as its target took."""
+    taylor = ("prune.method=taylor", "prune.scope=model", "prune.sparsity=0.7")
+    return (
+        LongRow("taylor over the model 70%", 1.08, 1700, taylor),
+        LongRow("90%, pruned while recovering", 1.4, 1000, ("recover.sparsity=0.9",)),
+        LongRow("layers -2, hidden states compared", 1.12, 1700, ("prune.layers=2", "recover.hidden_weight=1")),
+    )
+
+
 def model_rows(quick: bool) -> list[ModelRow]:
     """All rows of models, the dense one first."""
     shares = (0.5, 0.9) if quick else (0.25, 0.5, 0.75, 0.9)

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib import pyplot
 
+from pipeline.prices_report_long import PLOT, long_section, plot_recovery
 from pipeline.table import markdown, shown
 
 matplotlib.use("Agg")
@@ -42,6 +43,8 @@ def write_prices(found: dict, docs: Path) -> None:
     (docs / "prices.md").write_text(prices_page(found), encoding="utf-8")
     plot_downloads(found, docs / "prices-download.png")
     plot_speed(found, docs / "prices-speed.png")
+    if found.get("long"):
+        plot_recovery(found, docs / PLOT)
 
 
 def prices_page(found: dict) -> str:
@@ -56,7 +59,10 @@ def prices_page(found: dict) -> str:
         )
         parts.append(f"## {title}\n\n{table}\n")
     parts.append(CLUSTER_NOTE)
-    parts.append(f"## Quantised artifacts\n\n{markdown(ARTIFACT_COLUMNS, artifact_lines(found))}\n\n{ARTIFACT_NOTE}\n")
+    parts += [section for section in [long_section(found)] if section]
+    parts.append(
+        f"## Quantised artifacts\n\n{markdown(ARTIFACT_COLUMNS, artifact_lines(found))}\n\n{ARTIFACT_NOTE} {measured_where(found)}\n"
+    )
     parts.append(f"## What the textbook promises\n\n{textbook(found)}\n")
     parts.append("![Quality against download](prices-download.png)\n\n![Quality against speed](prices-speed.png)\n")
     return "\n".join(parts)
@@ -71,6 +77,13 @@ CLUSTER_NOTE = (
     "every runtime opens after unpacking; `indexed MB` is what codes and a codebook come to after deflate, which an app has to turn "
     "back into numbers itself.\n"
 )
+
+
+def measured_where(found: dict) -> str:
+    """Which version and machine the artifacts' rows are from."""
+    by = found["artifacts_measured_by"]
+    cpu = by["cpu"] or "a processor whose name was not recorded"
+    return f"All of them were measured by version {by['version']} on {by['cores']} cores of {cpu} ({by['isa']})."
 
 
 def introduction(found: dict) -> str:

@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 
 from conftest import VOCABULARY, tiny_model, write_checkpoint
 from models.checkpoint import load_model
-from pipeline.prices import kept
+from models.corpus import Source, split_of
+from pipeline.prices import Prices, key_of_artifact, key_of_model, priced_artifacts, priced_model
+from pipeline.prices_kept import Earlier, kept, row_key
+from pipeline.prices_long import long_recipe, recovery_text
 from pipeline.prices_measure import Dense, as_int8, weight_bytes
-from pipeline.prices_plan import artifact_rows, model_rows
+from pipeline.prices_plan import artifact_rows, long_rows, model_rows
 from pipeline.prices_report import pareto_front, prices_page
+from pipeline.prices_report_long import below, long_section
 from pipeline.recipe import ROOT, load_recipe
 from pipeline.settings import PruneSettings
 from pipeline.stages import ARTIFACT_OF_STAGE
@@ -98,3 +102,74 @@ def test_a_row_is_measured_once(tmp_path):
 def test_the_committed_page_is_made_from_the_committed_numbers():
     found = json.loads((ROOT / "docs" / "prices.json").read_text(encoding="utf-8"))
     assert (ROOT / "docs" / "prices.md").read_text(encoding="utf-8") == prices_page(found)
+
+
+def test_a_models_row_is_taken_over_by_its_key_and_by_nothing_else(tmp_path, monkeypatch):
+    row = model_rows(True)[1]
+    known = {"name": row.name, "key": key_of_model(row, tmp_path), "ratio": 1.5}
+    assert not any(tmp_path.iterdir())  # a key costs no run
+    prices = Prices(tmp_path, quick=True, earlier=Earlier({"models": [known]}))
+    monkeypatch.setattr("pipeline.prices.run_stages", lambda *_: pytest.fail("a stage was run"))
+    assert priced_model(row, prices, None, lambda *_: None) == known
+    changed = Prices(tmp_path, quick=True, earlier=Earlier({"models": [{**known, "key": "0" * 16}]}))
+    with pytest.raises(pytest.fail.Exception, match="a stage was run"):
+        priced_model(row, changed, None, lambda *_: None)
+
+
+def test_keys_tell_recipes_kinds_and_measuring_code_apart(tmp_path, monkeypatch):
+    rows = model_rows(False)
+    assert len({key_of_model(row, tmp_path) for row in rows}) == len(rows)
+    before = row_key("model", ["a"])
+    assert before != row_key("artifact", ["a"])
+    monkeypatch.setattr("pipeline.prices_kept.measuring_code", lambda kind: {"pipeline.prices_measure": "changed"})
+    assert row_key("model", ["a"]) != before
+
+
+def test_artifacts_are_taken_over_together_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.prices.artifact_rows", lambda *_: [row for row in artifact_rows(True, ARTIFACTS) if not row.outliers][:2])
+    wanted = [row for row in artifact_rows(True, ARTIFACTS) if not row.outliers][:2]
+    known = [{"name": row.name, "key": key_of_artifact(row, tmp_path)} for row in wanted]
+    monkeypatch.setattr("pipeline.prices.priced_artifact", lambda row, *_: [{"name": row.name, "new": True}])
+    by = {"version": "of old"}
+
+    def found(artifacts: list[dict], **options) -> tuple:
+        prices = Prices(tmp_path, quick=True, earlier=Earlier({"artifacts": artifacts, "artifacts_measured_by": by}), **options)
+        return priced_artifacts(prices, lambda *_: None)
+
+    assert found(known) == (known, by, [])
+    one_changed = [known[0], {**known[1], "key": "0" * 16}]
+    again, measured_by, missing = found(one_changed)
+    assert [entry["new"] for entry in again] == [True, True] and measured_by["cores"] and not missing
+    assert found(one_changed, keep_artifacts=True) == (one_changed, by, [])
+    assert found(one_changed, only_kept=True)[2] == wanted  # nothing was made in this folder
+
+
+def test_every_committed_row_has_a_key_or_says_who_measured_it():
+    found = json.loads((ROOT / "docs" / "prices.json").read_text(encoding="utf-8"))
+    assert all(row["key"] for row in found["models"]) and found["artifacts_measured_by"]["version"]
+    keys = [row["key"] for row in found["models"]]
+    assert len(set(keys)) == len(keys)
+
+
+def test_long_rows_are_recipes_that_draw_nothing_twice(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 100)
+    for row in long_rows():
+        recipe = long_recipe(row, text)
+        assert recipe.recover.steps == row.steps and recipe.recover.precision == "bfloat16" and recipe.text.calibration == text
+        assert recipe.text.evaluation == load_recipe(None, []).text.evaluation
+    made = []
+    sources = [Source("p", "1", "MIT", f"file{number}.py", f"text {number}") for number in range(2000)]
+    monkeypatch.setattr("pipeline.prices_long.collect", lambda: made.append(1) or sources)
+    texts = recovery_text(tmp_path).read_text().splitlines()
+    assert recovery_text(tmp_path) and len(made) == 1
+    assert set(texts) == {source.text for source in sources if split_of(source.path) == "train"} != {source.text for source in sources}
+
+
+def test_below_is_where_the_target_is_held_for_good():
+    ratios = [1.0, 1.05, 1.3, 1.12, 1.06, 1.04]
+    curve = [{"validation_perplexity_ratio": ratio, "cpu_seconds": 10.0 * number} for number, ratio in enumerate(ratios)]
+    assert below({"target": 1.08, "curve": curve}) == "40"
+    assert below({"target": 1.01, "curve": curve}) == "-"
+    assert below({"target": 1.5, "curve": curve}) == "10"
+    assert long_section({"long": {}}) == ""
