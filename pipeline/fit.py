@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from models.errors import GateError, UserError
 from pipeline.fit_shape import DecoderShape, Parameters, config_of, parameters, pruned, shape_of_config
 from pipeline.fit_sizes import Blocks, Size, formats, kv_cache_bytes, size_of
-from pipeline.recipe import put, told
+from pipeline.recipe import DEFAULT_RECIPE, put, read_toml, told
 from pipeline.settings import PruneSettings
 
 DEVICES = Path(__file__).parent / "presets" / "devices.toml"
@@ -89,9 +89,9 @@ def fit(config: str, question: Question) -> Fit:
     """The arithmetic for ``config``: a preset, a config.json, its folder, or a bundle (or its report.json), which is compared too."""
     report = report_of(config)
     if report is None:
-        shape, blocks = shape_of_config(config_of(config), config), Blocks()
+        shape, blocks = shape_of_config(config_of(config), config), usual_blocks()
     else:
-        shape, blocks = shape_of_report(report, config), blocks_of_report(report)
+        shape, blocks = shape_of_report(report, config), blocks_of_recipe(report["recipe"])
         if question.prune != PruneSettings():
             raise UserError(f"{config} is pruned already; leave --prune out, or ask about its config.json")
     shape = pruned(shape, question.prune)
@@ -185,9 +185,14 @@ def shape_of_report(report: dict, where: str) -> DecoderShape:
     raise UserError(f"{where}: {sums}; give the model's config.json")
 
 
-def blocks_of_report(report: dict) -> Blocks:
-    """The options of the recipe that decide bytes; a stage that the recipe does not name has its defaults."""
-    recipe, default = report["recipe"], Blocks()
+def usual_blocks() -> Blocks:
+    """The options that decide bytes as the default recipe has them."""
+    return blocks_of_recipe(read_toml(DEFAULT_RECIPE))
+
+
+def blocks_of_recipe(recipe: dict) -> Blocks:
+    """The options of a recipe that decide bytes; a stage that the recipe does not name has its defaults."""
+    default = Blocks()
     int8, int4 = recipe.get("onnx_weight_only_int8", {}), recipe.get("onnx_weight_only_int4", {})
     return Blocks(int8.get("block", default.int8), int4.get("block", default.int4), int4.get("embedding_bits", default.int4_embedding_bits))
 

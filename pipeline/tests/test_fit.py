@@ -275,3 +275,17 @@ def test_the_command_prints_the_same_numbers_twice_over():
     assert "174,604,259,328 parameters" in printed and "not made here" in printed
     assert fit_table.told_bytes(174_604_259_328) == "175 GB" and fit_table.told_bytes(12) == "12 B"
     assert replace(found, compared=()).name == str(REPORT)
+
+
+def test_sizes_are_those_of_the_artifacts_in_the_prices():
+    """Block sizes of 4 bits other than the format's default, and every other artifact of the default recipe."""
+    shape = pruned(shape_of_config(config_of("demo"), "demo"), prune_settings("ffn=0.5"))
+    rows = {row["name"]: row["bytes"] for row in json.loads((ROOT / "docs" / "prices.json").read_text(encoding="utf-8"))["artifacts"]}
+    for block, name in ((16, "onnx_weight_only_int4"), (32, "onnx_weight_only_int4, onnx_weight_only_int4: block=32")):
+        form = next(form for form in formats(Blocks(int4=block)) if form.name == "onnx_weight_only_int4")
+        assert size_of(shape, form).disk == pytest.approx(rows[name], rel=0.03)
+    sizes = {size.name: size.disk for size in fit("demo", Question(prune=prune_settings("ffn=0.5"))).sizes}
+    known = sizes.keys() & rows.keys()
+    assert {"onnx_weight_only_int4", "tflite_weight_only_int8"} <= known
+    for name in known:
+        assert sizes[name] == pytest.approx(rows[name], rel=0.03), name

@@ -1,5 +1,9 @@
 """SparseGPT against optimal brain surgery written column by column with the inverse worked out anew each time."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,7 @@ from models.errors import GateError
 from models.families import decoder_layers, linear_layers, weight_view
 from pipeline.layerwise import InputGroup
 from pipeline.masks import Removal, lowest
+from pipeline.recipe import ROOT
 from pipeline.settings import PruneSettings
 from pipeline.sparsegpt import BLOCK_COLUMNS, inverse_factor, prune_group, pruned_weight
 from pipeline.sparsify import sparsify
@@ -156,3 +161,36 @@ def test_the_weight_given_is_left_alone():
     before = layer.weight.clone()
     pruned_weight(layer.weight, inverse_factor(inputs.T @ inputs, 0.01).upper, Removal(0.5))
     assert torch.equal(layer.weight, before)
+
+
+PEAK_OF_FACTOR = """
+import torch
+from pipeline.sparsegpt import inverse_factor
+
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+rows = torch.randn(400, 256)
+inverse_factor(rows.T @ rows, 0.01)  # what the first call loads is not counted
+torch.manual_seed(0)
+moments = torch.eye({inputs})
+for part in torch.randn({inputs} // 2, {inputs}).split(256):
+    moments.addmm_(part.T, part)
+held = [moments]
+del moments, part
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+before = status("VmRSS")
+inverse_factor(held.pop(), 0.01)
+print(status("VmHWM") - before)
+"""
+
+
+def test_a_wide_layer_takes_two_matrices_of_its_inputs_at_most():
+    """A layer of 11,008 inputs has 485 MB of second moments; with one copy that is below 1 GB above the model."""
+    inputs, widest = 2048, 11_008
+    one = 4 * inputs**2
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", PEAK_OF_FACTOR.format(inputs=inputs)]
+    asked = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    copies = 1 + int(asked.stdout) / one
+    assert copies * 4 * widest**2 < 1e9, f"{copies:.2f} matrices at once"
