@@ -48,7 +48,6 @@ class Entry:
     program: str | None = None
     emulator: str | None = None
     user: int | None = None
-    folder: str = "/"
 
     def words(self) -> list[str]:
         """The command line that runs this."""
@@ -82,7 +81,7 @@ def enter(entry: Entry) -> None:
         _check(libc().unshare(CLONE_NEWUSER), "the kernel allows no second user namespace")
         _map(entry.user, 0, entry.user, 0)
     try:
-        os.chdir(entry.folder)
+        os.chdir("/")
         os.execve(entry.command[0] if program is None else program, entry.command, entry.environment)
     except OSError as error:
         raise _Refused(f"{entry.command[0]} cannot be started in {entry.root} ({error.strerror})") from error
