@@ -68,6 +68,7 @@ def check_artifact(artifact: Artifact, golden: Vectors, options: CheckOptions, v
     quality = None
     try:
         session = _load_and_time(golden, options, load, fields)
+        fields["notes"] = [*fields.get("notes", []), *session.notes]
         replayed = replay(session, golden)
         fields.update(replay_fields(replayed))
         quality = _score(session, artifact, golden, replayed, options)

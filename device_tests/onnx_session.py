@@ -22,6 +22,7 @@ class OnnxSession:
         """``session`` is an InferenceSession, ``ort`` the onnxruntime module."""
         self.interface: Interface = artifact.interface
         self.position = 0
+        self.notes: list[str] = []
         self._name = artifact.name
         self._session = session
         self._binding = session.io_binding()

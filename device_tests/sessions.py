@@ -25,10 +25,11 @@ RUNTIMES = {
 
 
 class Session(Protocol):
-    """A model with its KV cache. ``position`` counts the tokens that the cache holds."""
+    """A model with its KV cache. ``position`` counts the tokens that the cache holds; ``notes`` is what a reader must know."""
 
     interface: Interface
     position: int
+    notes: list[str]
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
         """Append int ``[n]`` tokens to the cache; logits float32 ``[vocab]`` after the last of them."""

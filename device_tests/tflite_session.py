@@ -24,6 +24,7 @@ class TfliteSession:
         """``interpreter`` must have its tensors allocated before the signature runners are asked for."""
         self.interface: Interface = artifact.interface
         self.position = 0
+        self.notes: list[str] = []
         self._name = artifact.name
         self._interpreter = interpreter  # runners hold no reference that keeps it alive in every version
         self._prefill = interpreter.get_signature_runner("prefill")
@@ -122,6 +123,12 @@ class TfliteSession:
             raise ArtifactFailure(f"{self._name}: the masks of its signatures differ: {sorted(masks)}; export the artifact again")
 
 
+def notes_on(interpreter) -> list[str]:
+    """Says so where XNNPACK took no operator: both libraries then compute with plain kernels, slower and with other roundings."""
+    names = {operator["op_name"] for operator in interpreter._get_ops_details()}  # both libraries have it, and nothing public tells
+    return [] if "DELEGATE" in names else ["XNNPACK is not in use: times and roundings are those of the plain kernels"]
+
+
 def quantised(value: float, tensor: dict) -> np.ndarray:
     """``value`` as a number of the described tensor's type: int8 by its scale and zero point, or float32."""
     if tensor["dtype"] == np.float32:
@@ -148,6 +155,8 @@ def open_model(artifact: Artifact, library, threads: int) -> TfliteSession:
     try:
         interpreter = library.Interpreter(model_path=str(artifact.path), num_threads=threads)
         interpreter.allocate_tensors()  # before the runners: tflite-runtime 2.14 else leaves XNNPACK out without a word
-        return TfliteSession(artifact, interpreter)
+        session = TfliteSession(artifact, interpreter)
     except (RuntimeError, ValueError) as error:
         raise ArtifactFailure(f"{library.__name__} cannot open {artifact.name}: {error}") from error
+    session.notes = notes_on(interpreter)
+    return session

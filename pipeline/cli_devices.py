@@ -93,8 +93,9 @@ def test(
 def test_recipe(chosen, work: Path, out: Path, as_json: bool) -> None:
     """The recipe's artifacts with all evaluation text on the devices that it names; no bundle is touched."""
     from pipeline import runner
-    from pipeline.measure import measure
+    from pipeline.measure import check_devices, measure
 
+    check_devices(chosen)
     folders, _ = runner.run_stages(chosen, work, tell)
     tell_outcome(chosen.name, measure(chosen, folders, tell), out, as_json)
 

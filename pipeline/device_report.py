@@ -67,10 +67,14 @@ def read_artifacts(path: Path) -> tuple[str, list[dict]]:
 
 
 def raise_for(report: DeviceReport) -> None:
-    """GateError with a line for each failure; UserError where nothing failed but a device was out of reach."""
+    """GateError with a line for each failure; UserError where nothing failed but a device was out of reach.
+
+    A runtime that a device cannot have is told and fails nothing, unless nothing was left to test.
+    """
     failures = [failure for artifact in report.artifacts for device in artifact.devices for failure in device.failures]
-    skipped = [f"{entry.device}: {entry.reason}" for entry in report.skipped]
+    skipped = [entry for entry in report.skipped if entry.runtime is None or not report.artifacts]
+    lines = [f"{entry.device}: {entry.reason}" for entry in skipped]
     if failures:
-        raise GateError("\n".join([*failures, *skipped]))
-    if skipped:
-        raise UserError("\n".join(skipped))
+        raise GateError("\n".join([*failures, *lines]))
+    if lines:
+        raise UserError("\n".join(lines))

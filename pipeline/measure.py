@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from device_tests.devices import DRIVERS
+from device_tests.devices import DRIVERS, check_address
 from device_tests.devices.campaign import Limits, Outcome, Plan, run_everywhere
 from device_tests.devices.job import Job, Run
 from device_tests.gates import Gates as DeviceGates
@@ -40,6 +40,12 @@ def measure(recipe: Recipe, folders: dict[str, Path], tell: Callable[[str, str],
     outcome = run_everywhere(jobs, plan_of(recipe.device), tell)
     outcome.results = [with_dearest(result, sidecars[result["artifact"]]) for result in outcome.results]
     return outcome
+
+
+def check_devices(recipe: Recipe) -> None:
+    """DeviceTestError for a device's address that says nothing: told before the stages run."""
+    for address in recipe.device.devices:
+        check_address(address)
 
 
 def plan_of(settings: DeviceSettings) -> Plan:

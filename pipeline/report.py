@@ -145,9 +145,10 @@ class Device(Entry):
 
 
 class Skipped(Entry):
-    """A device, or a runtime of it, that was left out."""
+    """A device that was out of reach, or a runtime that it cannot have."""
 
     device: str
+    runtime: str | None = None
     reason: str
 
 

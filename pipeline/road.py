@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.bundle import BundleInputs, build_bundle, bundle_is_whole
 from pipeline.fingerprint import ROOT, code_of, text_sha256, tree_sha256
-from pipeline.measure import measure, measuring_modules
+from pipeline.measure import check_devices, measure, measuring_modules
 from pipeline.recipe import Recipe
 from pipeline.report import build_report, report_json
 from pipeline.runner import as_rows, run_stages
@@ -38,6 +38,7 @@ def build(recipe: Recipe, places: Places, tell: Callable[[str, str], None], meas
     left as it is unless ``measure_again``. Raises GateError when an artifact fails; the report then lies beside the bundle's
     place and an older bundle stays untouched.
     """
+    check_devices(recipe)
     folders, runs = run_stages(recipe, places.work, tell)
     key = build_key(recipe, folders)
     folder = places.out / f"{recipe.name}-android-bundle"

@@ -86,7 +86,11 @@ def verdict(device: dict) -> str:
 
 def skipped_lines(skipped: list[dict]) -> list[str]:
     """A plain line for each device or runtime that was left out."""
-    return [f"not tested on {entry['device']}: {entry['reason']}" for entry in skipped]
+    return [f"not tested: {what_was_skipped(entry)}: {entry['reason']}" for entry in skipped]
+
+
+def what_was_skipped(entry: dict) -> str:
+    return f"{entry['runtime']} on {entry['device']}" if entry["runtime"] else entry["device"]
 
 
 def shown(value: float | None, form: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
+from types import ModuleType
 from typing import Any, Protocol
 
 from device_tests.devices.job import Job
@@ -23,7 +24,10 @@ DRIVERS = {
     "ssh": "device_tests.devices.ssh",
     "adb": "device_tests.devices.adb",
 }
-FORMS = "local, arm64, arm64?cpu=cortex-a72, avx2, ssh://user@host[:port][?threads=4] or adb://serial"
+FORMS = (
+    "local, arm64, arm64?cpu=cortex-a72, avx2, ssh://user@host[:port][?threads=4] or "
+    "adb://serial?benchmark_model=PATH&onnxruntime_perf_test=PATH"
+)
 
 
 class Device(Protocol):
@@ -47,12 +51,22 @@ class DeviceUnavailable(DeviceTestError):
     """The device cannot be used, or was lost: nothing is known of the artifacts there. Exit code 2."""
 
 
+def check_address(address: str) -> None:
+    """DeviceTestError for an address that says nothing, before anything is opened."""
+    driver_of(address).parse(address)
+
+
 @contextmanager
 def open_device(address: str, tell: Tell) -> Iterator[Device]:
     """Open the device at ``address`` and leave nothing behind on it. DeviceUnavailable says why it cannot be used."""
+    opened: AbstractContextManager[Device] = driver_of(address).open_at(address, tell)
+    with opened as device:
+        yield device
+
+
+def driver_of(address: str) -> ModuleType:
+    """The module that knows addresses of this kind. DeviceTestError where there is none."""
     scheme = address.split("://")[0].split("?")[0]
     if scheme not in DRIVERS:
         raise DeviceTestError(f"device {address}: no such kind; give {FORMS}")
-    opened: AbstractContextManager[Device] = import_module(DRIVERS[scheme]).open_at(address, tell)
-    with opened as device:
-        yield device
+    return import_module(DRIVERS[scheme])

@@ -33,6 +33,7 @@ from device_tests.devices.job import (
     gates_json,
     how_it_ended,
 )
+from device_tests.errors import DeviceTestError
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -61,6 +62,12 @@ def bandwidth_here(threads: int) -> float | None:
     command = [sys.executable, "-m", "device_tests.bandwidth", "--threads", str(threads)]
     done = subprocess.run(command, env=child_environment(threads), capture_output=True, text=True, check=False)
     return json.loads(done.stdout)["gb_s"] if done.returncode == 0 else None
+
+
+def parse(address: str) -> None:
+    """DeviceTestError unless the address is this machine's, which has nothing to say."""
+    if address != Local.name:
+        raise DeviceTestError(f"device {address}: this machine takes no settings; give local")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
     first, devices = results[0], [result["device"] for result in results]
     failures = list(dict.fromkeys(failure for device in devices for failure in device["failures"]))
     notes = list(dict.fromkeys(note for device in devices for note in device["notes"]))
-    timed = [device for device in devices if device["decode_ms"]]
+    timed = [device for device in devices if device["decode_tokens_per_s"]]
     medians = {name: median([device[name] for device in timed]) for name in TIMED} if timed else {}
     prompts = [with_median(prompt, timed) for prompt in devices[0]["prompts"]]
     device = {**devices[0], **medians, "prompts": prompts, "rounds": [numbers_of(device) for device in timed]}

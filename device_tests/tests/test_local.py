@@ -17,6 +17,7 @@ from device_tests.errors import ArtifactFailure, DeviceTestError
 from device_tests.gates import Gates
 from device_tests.sessions import import_runtime, open_session
 from device_tests.tests.toy import CONTEXT, VOCABULARY, ToyModel, write_onnx, write_vectors
+from device_tests.tflite_session import notes_on
 
 STRICT = Gates(perplexity_change=1e-5, top1=1.0, kl=1e-6, max_abs_diff=5e-5)
 MODULES = sorted((PACKAGE_ROOT / "device_tests").glob("*.py"))
@@ -76,7 +77,19 @@ def test_onnxruntime_runs_the_toy(folder, threads):
 def test_tflite_runtimes_run_the_toy(folder, tflite_sidecar, runtime):
     """Prompts of 11 tokens in chunks of 8, and of 5: a full chunk, a padded one and a short one."""
     run = Run(runtime, 1, STRICT, quality=True, decode_tokens=64)
-    assert_sound(run_local(tflite_sidecar, folder, run))
+    result = run_local(tflite_sidecar, folder, run)
+    assert_sound(result)
+    assert result["device"]["notes"] == [], "XNNPACK is in use"
+
+
+def test_a_runtime_without_xnnpack_says_so():
+    """As where it cannot find out what the processor is: then it is left out without a word."""
+
+    class Plain:
+        def _get_ops_details(self):
+            return [{"op_name": "FULLY_CONNECTED"}]
+
+    assert notes_on(Plain()) == ["XNNPACK is not in use: times and roundings are those of the plain kernels"]
 
 
 @pytest.mark.parametrize("split", [1, 7, 8, 9, 16, 30])

@@ -59,7 +59,7 @@ class NumpySession:
     """A ToyModel behind the interface of a session; ``spoil`` may change a row of logits before it is handed out."""
 
     def __init__(self, model: ToyModel, spoil=lambda row, position: row) -> None:
-        self.interface, self.position = INTERFACE, 0
+        self.interface, self.position, self.notes = INTERFACE, 0, []
         self._model, self._spoil, self._tokens = model, spoil, []
 
     def reset(self) -> None:

@@ -113,7 +113,9 @@ def fake_outcome(folders: dict[str, Path], worse: str | None = None) -> Outcome:
     """Passing results of this machine and of an emulated one, and a board that could not be reached."""
     here = fake_results(folders, worse)
     boards = {"local": {"isa": "x86_64", "model": "A machine"}, "arm64": {"isa": "aarch64", "model": "emulated"}}
-    return Outcome(here + [emulated(result) for result in here], boards, [{"device": "ssh://pi", "reason": "no route to host"}])
+    return Outcome(
+        here + [emulated(result) for result in here], boards, [{"device": "ssh://pi", "runtime": None, "reason": "no route to host"}]
+    )
 
 
 def emulated(result: dict) -> dict:

@@ -94,7 +94,7 @@ def test_the_record_says_what_ran_where(outcome, tmp_path):
     assert record["passed"] and set(record["boards"]) == {"local", "arm64"} and DeviceReport.model_validate(record)
     assert {device["device"] for artifact in record["artifacts"] for device in artifact["devices"]} == {"local", "arm64"}
     page = (tmp_path / "a.html").read_text()
-    assert "emulated: right for numbers, nothing is timed" in page and "Not tested on ssh://pi: no route to host." in page
+    assert "emulated: right for numbers, nothing is timed" in page and "Not tested: ssh://pi: no route to host." in page
 
 
 def test_the_exit_says_what_failed_and_what_was_out_of_reach(outcome):
@@ -106,3 +106,10 @@ def test_the_exit_says_what_failed_and_what_was_out_of_reach(outcome):
     with pytest.raises(GateError, match="all-zero logits\nssh://pi: no route"):
         raise_for(report)
     assert not device_report("tiny", Outcome([], {}, [])).passed, "nothing tested is nothing passed"
+
+
+def test_a_runtime_that_a_device_cannot_have_fails_nothing_while_others_ran(outcome):
+    missing = {"device": "ssh://pi", "runtime": "tflite", "reason": "no wheel for Python 3.13"}
+    raise_for(device_report("tiny", Outcome(outcome.results, outcome.boards, [missing])))
+    with pytest.raises(UserError, match="no wheel for Python 3.13"):
+        raise_for(device_report("tiny", Outcome([], {}, [missing])))

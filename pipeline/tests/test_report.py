@@ -86,7 +86,7 @@ def test_report_has_the_promised_fields(road, tmp_path):
     assert len(rows(data)) == 12  # the terminal's table reads the same report: six runs here, six on the emulated machine
     assert {row[7] for row in rows(data) if row[2] == "arm64"} == {"emulated"}, "no time may stand where none was measured"
     assert [row[4:9] for row in matrix_rows(data["artifacts"])] == [("75.0%", "2e-05", "99.80%", "+0.0200%", "512")] * 6
-    assert skipped_lines(data["skipped"]) == ["not tested on ssh://pi: no route to host"]
+    assert skipped_lines(data["skipped"]) == ["not tested: ssh://pi: no route to host"]
 
 
 def test_every_artifact_has_gates():

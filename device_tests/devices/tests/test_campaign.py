@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from device_tests.answers import read_answers, write_answers
+from device_tests.answers import Agreement, read_answers, write_answers
 from device_tests.devices import DeviceUnavailable, open_device
 from device_tests.devices import campaign as campaigning
-from device_tests.devices.campaign import Limits, Plan, run_everywhere
+from device_tests.devices.campaign import Limits, Plan, missed, run_everywhere
 from device_tests.devices.job import Job, Run
 from device_tests.devices.local import Local
 from device_tests.devices.rounds import merged
@@ -61,6 +61,7 @@ def devices(monkeypatch):
         yield known[address]
 
     monkeypatch.setattr(campaigning, "open_device", opened)
+    monkeypatch.setattr(campaigning, "check_address", lambda address: None)
     return known
 
 
@@ -91,10 +92,10 @@ def test_times_are_medians_of_the_rounds_and_say_how_much_memory_was_read(job, d
     [
         (
             lambda answers: replace(answers, choice=answers.choice + 1),
-            "top1 0.0000 against the same artifact on this machine is below",
+            "top1 0.0000 against the same artifact on this machine, over 39 tokens, is below 0.9900 less 0.04",
         ),
-        (lambda answers: replace(answers, nll=answers.nll + 0.002), "perplexity +0.200% (standard error 0.000%) against"),
-        (lambda answers: replace(answers, nll=answers.nll - 0.002), "exceeds 0.100% either way"),
+        (lambda answers: replace(answers, nll=answers.nll + 0.002), "perplexity +0.200% against the same artifact on this machine"),
+        (lambda answers: replace(answers, nll=answers.nll - 0.002), "exceeds 0.100% and 3 standard errors of 0.000% either way"),
         (lambda answers: replace(answers, nll=answers.nll * np.nan), "perplexity +nan%"),
     ],
 )
@@ -120,7 +121,7 @@ def test_a_device_out_of_reach_is_a_line_and_the_others_run(job, devices):
     lines = []
     outcome = run_everywhere([job], Plan(("gone", "local")), lambda *line: lines.append(line))
     assert [result["device"]["device"] for result in outcome.results] == ["local"]
-    assert outcome.skipped == [{"device": "gone", "reason": "no route to host; switch the board on"}]
+    assert outcome.skipped == [{"device": "gone", "runtime": None, "reason": "no route to host; switch the board on"}]
     assert ("gone", "skipped: no route to host; switch the board on") in lines
 
 
@@ -152,7 +153,8 @@ def test_a_runtime_that_a_device_cannot_have_is_left_out_and_told(job, devices):
     devices["other"] = Other(emulated=False)
     devices["other"].missing = {"onnxruntime": "no wheel for Python 3.13"}
     outcome = run_everywhere([job], Plan(("other",)), silent)
-    assert outcome.results == [] and outcome.skipped == [{"device": "other", "reason": "onnxruntime: no wheel for Python 3.13"}]
+    skipped = {"device": "other", "runtime": "onnxruntime", "reason": "no wheel for Python 3.13"}
+    assert outcome.results == [] and outcome.skipped == [skipped]
 
 
 def test_zeros_on_one_device_fail_there_by_name(job, devices):
@@ -175,10 +177,26 @@ def test_a_later_round_that_fails_fails_the_whole():
     device |= dict.fromkeys(("load_cold_ms", "load_ms", "first_token_ms", "first_token_cold_ms", "decode_ms_p50", "decode_ms_p90"), 1.0)
     device |= dict.fromkeys(("decode_ms_p99", "prefill_tokens_per_s", "decode_tokens_per_s", "baseline_rss_mb"), 1.0)
     device |= dict.fromkeys(("load_rss_mb", "peak_rss_mb"), 1.0)
-    worse = {**device, "decode_ms": [], "failures": ["died by signal SIGILL"], "passed": False}
+    worse = {**device, "decode_tokens_per_s": None, "failures": ["died by signal SIGILL"], "passed": False}
     found = merged([{"device": device}, {"device": {**device, "first_token_ms": 3.0}}, {"device": worse}])["device"]
     assert not found["passed"] and found["failures"] == ["died by signal SIGILL"] and found["first_token_ms"] == 2.0
     assert len(found["rounds"]) == 2
+
+
+def test_noise_of_few_tokens_fails_nothing_and_a_real_difference_does():
+    """Two of a hundred other first choices may be chance, twenty are not; the same for a change within its error."""
+    found = Agreement(0.1, 0.5, 96, 0.98, 10.0, 0.004, 0.0015, 100, 1)
+    assert missed(found, Limits()) == []
+    assert len(missed(replace(found, top1=0.80), Limits())) == 1
+    assert len(missed(replace(found, perplexity_change=-0.02), Limits())) == 1
+    assert len(missed(replace(found, tokens=5120), Limits())) == 1, "over many tokens two of a hundred are no chance"
+
+
+def test_a_mistaken_address_stops_before_anything_runs(job, monkeypatch):
+    monkeypatch.setattr(Local, "run", lambda *_: pytest.fail("something ran"))
+    for address in ("local?x=1", "arm64?core=4", "adb://x", "ssh://?threads=0"):
+        with pytest.raises(DeviceTestError, match="; (give|add) "):
+            run_everywhere([job], Plan(("local", address)), silent)
 
 
 def test_an_address_of_no_kind_is_a_mistake():
