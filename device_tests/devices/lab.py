@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import ast
-import compileall
 import fcntl
 import hashlib
 import json
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -125,8 +125,9 @@ def _build(folder: Path, lock: Lock, tell: Tell) -> None:
     downloads, apt = _downloads(folder.parent)
     packages = _fetched_packages(apt, downloads, lock, tell)
     lab_wheels.fetch(lock.wheels, downloads)
+    for left in folder.parent.glob("*.draft"):  # of a killed build; whoever builds holds the lock
+        shutil.rmtree(left)
     draft = folder.with_suffix(".draft")
-    shutil.rmtree(draft, ignore_errors=True)
     try:
         tell("arm64-lab", "unpacks")
         lab_debian.unpack(packages, downloads, draft / "root", draft / "qemu")
@@ -144,12 +145,19 @@ def _build(folder: Path, lock: Lock, tell: Tell) -> None:
 
 def _fetched_packages(apt: lab_debian.Apt, downloads: Path, lock: Lock, tell: Tell) -> list[Package]:
     """The packages to use, all of them in ``downloads``. The network is asked only when something is missing."""
-    chosen = list(lock.packages)
-    if not all((downloads / package.deb).is_file() for package in chosen):
-        tell("arm64-lab", "fetches")
+    if all(lab_debian.is_whole(downloads / package.deb, package.sha256) for package in lock.packages):
+        return list(lock.packages)
+    tell("arm64-lab", "fetches")
+    unreachable = None
+    try:
         apt.update()
-        names = [(package.name, package.architecture) for package in lock.packages]
+    except DeviceUnavailable as error:  # it may be a source that nothing of this comes from
+        unreachable = error
+    names = [(package.name, package.architecture) for package in lock.packages]
+    try:
         chosen = lab_debian.choose(lock.packages, apt.offered(names), apt.offered(names, newest=True), tell)
+    except DeviceUnavailable as error:
+        raise (unreachable or error) from error
     apt.fetch(chosen)
     return chosen
 
@@ -166,8 +174,8 @@ def _furnish(root: Path) -> None:
         if not (root / link).is_symlink():
             (root / link).symlink_to(target)
     if f"{sys.version_info.major}.{sys.version_info.minor}" == lab_wheels.PYTHON:  # else its byte code is another
-        for folder in (root / "usr/lib/python3.11", root / SITE):
-            compileall.compile_dir(folder, quiet=2, stripdir=str(root), prependdir="/", workers=0)
+        words = ["-m", "compileall", "-qq", "-j", "0", "-s", str(root), "-p", "/", str(root / "usr/lib/python3.11"), str(root / SITE)]
+        subprocess.run([sys.executable, *words], check=False)  # a module that is for another Python does not compile: nobody imports it
 
 
 def _downloads(folder: Path) -> tuple[Path, lab_debian.Apt]:

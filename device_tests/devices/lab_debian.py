@@ -76,7 +76,7 @@ class Apt:
 
     def fetch(self, packages: list[Package]) -> None:
         """Download what is not there yet; each file is checked here again. DeviceUnavailable when one cannot be had."""
-        missing = [package for package in packages if not (self._downloads / package.deb).is_file()]
+        missing = [package for package in packages if not is_whole(self._downloads / package.deb, package.sha256)]
         if not missing:
             return
         asked = [f"{_asked(package.name, package.architecture)}={package.version}" for package in missing]
@@ -90,6 +90,11 @@ class Apt:
 
     def _run(self, *command: str) -> str:
         return output_of([command[0], f"-c={self._configuration}", *command[1:]], "the Debian packages", cwd=self._fetched)
+
+
+def is_whole(file: Path, sha256: str) -> bool:
+    """Whether a downloaded file is there with the bytes that it should have."""
+    return file.is_file() and sha256_of(file) == sha256
 
 
 def output_of(command: list[str], what: str, cwd: Path | None = None) -> str:

@@ -10,6 +10,7 @@ namespace.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -27,6 +28,7 @@ PR_SET_PDEATHSIG = 1
 MAGIC = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
 MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
 SCRATCH = ("/tmp", "/run", "/mnt", "/home", "/sys")  # empty, writable and gone with the command; everything else is read-only
+NEEDS = "it needs root, or a kernel with unprivileged user namespaces"
 CANNOT = 2  # exit code when the command was not reached
 
 
@@ -64,6 +66,8 @@ def main(arguments: list[str]) -> int:
         enter(Entry(**json.loads(arguments[0])))
     except _Refused as refusal:
         print(" ".join(str(refusal).split()), file=sys.stderr)
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}; delete the folder of the emulated machine and build it anew", file=sys.stderr)
     return CANNOT
 
 
@@ -71,7 +75,6 @@ def enter(entry: Entry) -> None:
     """Leave for the root folder and become the command there."""
     program = os.open(entry.program, os.O_RDONLY) if entry.program else None
     _own_mounts(as_user=entry.emulator is not None or os.geteuid() != 0)
-    libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # who started this must not leave it behind when killed
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an emulator would write its core into the folder it stands in
     _furnish(entry)
     os.chdir(entry.root)
@@ -80,8 +83,9 @@ def enter(entry: Entry) -> None:
     if entry.user is not None:
         _check(libc().unshare(CLONE_NEWUSER), "the kernel allows no second user namespace")
         _map(entry.user, 0, entry.user, 0)
+    libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # who started this must not leave it behind when killed; other rights end it
+    os.chdir("/")
     try:
-        os.chdir("/")
         os.execve(entry.command[0] if program is None else program, entry.command, entry.environment)
     except OSError as error:
         raise _Refused(f"{entry.command[0]} cannot be started in {entry.root} ({error.strerror})") from error
@@ -140,26 +144,27 @@ def _map(uid: int, outer_uid: int, gid: int, outer_gid: int) -> None:
 
 
 def _emulate(root: str, emulator: str) -> None:
-    """Have the kernel start ``emulator`` for ARM64 programs, in this user namespace alone (Linux 6.7 and later)."""
+    """Have the kernel start ``emulator`` for ARM64 programs, in this user namespace alone."""
     formats = f"{root}/proc/sys/fs/binfmt_misc"
-    _mount("binfmt_misc", formats, 0, "binfmt_misc")
+    _mount("binfmt_misc", formats, 0, "binfmt_misc", "it needs Linux 6.7 or newer")
     # F: opened now, so that it need not lie in the root; P: programs see the name that they were called by
     line = f":qemu-aarch64:M::{MAGIC}:{MASK}:{emulator}:FP"
     try:
         Path(f"{formats}/register").write_text(line, encoding="ascii")
     except OSError as error:
-        raise _Refused(f"the kernel does not take {emulator} for ARM64 programs ({error.strerror})") from error
+        raise _Refused(f"the kernel does not take {emulator} for ARM64 programs ({error.strerror}); build the lab anew") from error
 
 
-def _mount(source: str, target: str, flags: int, kind: str | None = None) -> None:
+def _mount(source: str, target: str, flags: int, kind: str | None = None, needs: str = NEEDS) -> None:
     answer = libc().mount(source.encode(), target.encode(), kind.encode() if kind else None, ctypes.c_ulong(flags), None)
-    _check(answer, f"{kind or source} cannot be mounted on {target}")
+    _check(answer, f"{kind or source} cannot be mounted on {target}", needs)
 
 
-def _check(answer: int, otherwise: str) -> None:
+def _check(answer: int, otherwise: str, needs: str = NEEDS) -> None:
+    number = ctypes.get_errno()
     if answer != 0:
-        reason = os.strerror(ctypes.get_errno())
-        raise _Refused(f"{otherwise} ({reason}); it needs root, or a kernel with unprivileged user namespaces")
+        advice = "delete the folder and build it anew" if number in (errno.ENOENT, errno.ENOTDIR) else needs
+        raise _Refused(f"{otherwise} ({os.strerror(number)}); {advice}")
 
 
 if __name__ == "__main__":

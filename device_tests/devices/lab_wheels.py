@@ -12,6 +12,7 @@ from pathlib import Path
 
 from device_tests.artifact import sha256_of
 from device_tests.devices import DeviceUnavailable
+from device_tests.devices.lab_debian import is_whole
 from device_tests.devices.lab_lock import Wheel
 from device_tests.errors import DeviceTestError
 
@@ -26,7 +27,7 @@ PLATFORM = [
 
 def fetch(wheels: tuple[Wheel, ...], downloads: Path) -> None:
     """Download what is not there yet. A wheel whose bytes differ from the pin is an error: an index never changes a file."""
-    missing = [wheel for wheel in wheels if not _is_whole(wheel, downloads)]
+    missing = [wheel for wheel in wheels if not is_whole(downloads / wheel.file, wheel.sha256)]
     if not missing:
         return
     with tempfile.TemporaryDirectory(dir=downloads, prefix="draft-") as folder:
@@ -73,11 +74,6 @@ def _pip(*arguments: str) -> None:
         complaints = [line.strip() for line in done.stderr.splitlines() if "ERROR:" in line or "No module named pip" in line]
         complaint = complaints[0].replace("ERROR: ", "") if complaints else f"pip ended with exit code {done.returncode}"
         raise DeviceUnavailable(f"the aarch64 wheels cannot be had ({complaint}); check the network and pip's index, then run again")
-
-
-def _is_whole(wheel: Wheel, downloads: Path) -> bool:
-    file = downloads / wheel.file
-    return file.is_file() and sha256_of(file) == wheel.sha256
 
 
 def _described(file: Path) -> Wheel:
