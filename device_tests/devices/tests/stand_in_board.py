@@ -1,8 +1,7 @@
 """A board to log in to: a real sshd on this machine's loopback whose login lands here, or in the emulated ARM64 root folder.
 
 It has a home folder, keys and a configuration of its own. As root it lives in mounts and processes of its own (unshare(1)), so that
-``kill`` ends everything in it at once, as when a board loses its power. ``Wire`` is the network cable: it counts what goes through
-and can be cut.
+``kill`` ends everything in it at once, as when a board loses its power.
 """
 
 import json
@@ -12,11 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -182,6 +178,17 @@ class StandIn:
                 continue
         return found
 
+    def busy(self, word: str, seconds: float) -> bool:
+        """Whether such a process has computed for so long: then it has long been past its imports."""
+        for pid in self.processes(word):
+            try:
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:  # see above
+                continue
+            if (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") >= seconds:
+                return True
+        return False
+
     def _sshd_config(self) -> str:
         environment = {"HOME": str(self.home), "PATH": self._path(), **self.environment}
         lines = [
@@ -239,87 +246,3 @@ entry = Entry(command=["/bin/sh", "-c", os.environ["SSH_ORIGINAL_COMMAND"]], **j
 words = entry.words()
 os.execv(words[0], words)
 """
-
-
-class Wire:
-    """A cable between client and board. ``up`` counts the bytes to the board; ``at`` calls something once so many have passed."""
-
-    def __init__(self, port: int) -> None:
-        self._board, self.up, self._at, self._hung = port, 0, [], threading.Event()
-        self._ends: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def at(self, count: int, call) -> None:
-        """Call ``call`` when ``count`` more bytes have gone to the board; nothing goes on until it returns."""
-        self._at.append((self.up + count, call))
-
-    def cut(self) -> None:
-        """Both ends see the connection end."""
-        for end in self._ends:
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:  # it has ended by itself
-                continue
-        self._ends.clear()
-
-    def hang(self) -> None:
-        """From now on nothing gets through, and nobody is told."""
-        self._hung.set()
-
-    def close(self) -> None:
-        self._listener.close()
-        self.cut()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-                board = socket.create_connection(("127.0.0.1", self._board))
-            except OSError:  # closed, or the board is off
-                return
-            self._ends += [client, board]
-            for source, target, up in ((client, board, True), (board, client, False)):
-                threading.Thread(target=self._carry, args=(source, target, up), daemon=True).start()
-
-    def _carry(self, source: socket.socket, target: socket.socket, up: bool) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                if self._hung.is_set():
-                    continue
-                target.sendall(data)
-                if up:
-                    self.up += len(data)
-                    due = [entry for entry in self._at if entry[0] <= self.up]
-                    self._at = [entry for entry in self._at if entry not in due]
-                    for _, call in due:
-                        call()
-            target.shutdown(socket.SHUT_WR)
-        except OSError:  # cut
-            return
-
-
-@contextmanager
-def package_index(folder: Path, wheels: list[Path]):
-    """A package index on loopback with these files; its address."""
-    for wheel in wheels:
-        place = folder / "simple" / wheel.name.split("-")[0].replace("_", "-").replace(".", "-").lower()
-        place.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(wheel, place / wheel.name)
-
-    class Quiet(SimpleHTTPRequestHandler):
-        asked: list[str] = []
-
-        def __init__(self, *given) -> None:
-            super().__init__(*given, directory=str(folder))
-
-        def log_message(self, *words) -> None:
-            self.asked.append(self.path)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/simple", Quiet.asked
-    finally:
-        server.shutdown()

@@ -18,7 +18,8 @@ from device_tests.devices import DeviceUnavailable, open_device, ssh, ssh_enviro
 from device_tests.devices.job import Job, Run
 from device_tests.devices.lab import lab_at
 from device_tests.devices.ssh_wheels import Lock, Target, choose, fetch, read_lock
-from device_tests.devices.tests.stand_in_board import CACHE, StandIn, Wire, package_index
+from device_tests.devices.tests.stand_in_board import CACHE, StandIn
+from device_tests.devices.tests.stand_in_network import Wire, package_index
 from device_tests.errors import DeviceTestError
 from device_tests.gates import Gates
 from device_tests.tests.toy import CONTEXT, ToyModel, write_onnx, write_vectors
@@ -62,12 +63,17 @@ def board(tmp_path_factory):
 
 def running(board: StandIn) -> list[int]:
     """Ids of the jobs' programs on this board."""
-    return board.processes(f"{board.cache}/work/job")
+    return board.processes(job_of(board))
+
+
+def job_of(board: StandIn) -> str:
+    """What is in the command line of a job's program on this board."""
+    return f"{board.cache}/work/job"
 
 
 def when_it_runs(board: StandIn, call) -> None:
-    """Call ``call`` as soon as a job's program runs on the board."""
-    threading.Thread(target=lambda: (until(lambda: running(board), 60), call()), daemon=True).start()
+    """Call ``call`` when a job's program on the board is in the middle of its work."""
+    threading.Thread(target=lambda: (until(lambda: board.busy(job_of(board), 3.0), 60), call()), daemon=True).start()
 
 
 @pytest.fixture()
@@ -201,11 +207,9 @@ def test_a_part_of_something_else_is_not_gone_on_with(board, toy, told):
 
 
 def test_a_run_whose_connection_breaks_is_ended_there(board, toy, told, wire):
-    with (
-        pytest.raises(DeviceUnavailable, match="broke off during the run of toy in onnxruntime"),
-        opened(board, told, port=wire.port) as device,
-    ):
-        threading.Thread(target=lambda: (until(lambda: running(board), 60), wire.cut()), daemon=True).start()
+    broken = pytest.raises(DeviceUnavailable, match="broke off during the run of toy in onnxruntime")
+    with broken, opened(board, told, port=wire.port) as device:
+        when_it_runs(board, wire.cut)
         device.run(Job(toy / "toy.json", toy, ENDLESS))
     until(lambda: not running(board))
     until(lambda: not (board.cache / "work").exists())
