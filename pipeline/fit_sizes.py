@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from exporters.settings import OnnxWeightOnlyInt4Settings, OnnxWeightOnlyInt8Settings
+from exporters.settings import OnnxWeightOnlyInt4Settings, OnnxWeightOnlyInt8Settings, TfliteFullInt8Settings
 from pipeline.fit_shape import DecoderShape, matrices, parameters
 
 FLOAT_BYTES = 4
 ONE_FILE_BYTES = 1_800_000_000  # the most that one ONNX message may be
 TFLITE_BYTES = 2**31 - 2**20  # offsets in a flatbuffer are signed 32-bit numbers
 GRAPHS = Path(__file__).parent / "presets" / "graph_bytes.toml"
+FULL_CONTEXT = TfliteFullInt8Settings().context_tokens
 GRAPH_DEFLATED = 0.2  # names and node fields repeat themselves
 DEFLATE_LEVEL = 9
 
@@ -63,9 +64,12 @@ class Format:
     linear: Codes
     embedding: Codes
     positions: Codes = FP32
-    float_bytes: int = FLOAT_BYTES  # of norms and biases
-    rotary_tables: bool = False
+    norm_bytes: int = FLOAT_BYTES
+    bias_bytes: int = FLOAT_BYTES
+    rotary_bytes: int = 0  # of cos and sin together, per position and half element of a head; 0: no tables
+    most_context: int = 0  # positions that the file is made for; 0: all that the model has
     kv_bytes: int = 4  # of an element of the cache that the graph takes
+    fused_twice: bool = False  # what GPT-2 fuses is stored once for each signature
     unpacked: bool = False  # the runtime makes the weights float again when it loads them
     float_limit: int = 0  # bytes of fp32 weights that the exporter takes at most; 0: any
     limit: int = 0  # bytes of the file itself; 0: any
@@ -100,11 +104,12 @@ def formats(blocks: Blocks) -> tuple[Format, ...]:
     int4_table = wide if blocks.int4_embedding_bits == 8 else Codes("int4", 4, blocks.int4, scale_bytes=4, zero_point_bits=12)
     int8 = Codes("int8", 8, blocks.int8, scale_bytes=4)
     static = Codes("int8", 8, scale_bytes=4, zero_point_bits=8)
+    whole = Codes("int8", 8)  # one scale for all
     params = Codes("int8", 8, scale_bytes=24)  # a scale and a 64-bit zero point per row, in each of two signatures
-    onnx, tflite = {"rotary_tables": True}, {"float_limit": TFLITE_BYTES}
+    onnx, tflite = {"rotary_bytes": 2 * FLOAT_BYTES}, {"float_limit": TFLITE_BYTES}
     return (
         Format("checkpoint_fp32", FP32, FP32),
-        Format("checkpoint_fp16", FP16, FP16, FP16, float_bytes=2, kv_bytes=2),
+        Format("checkpoint_fp16", FP16, FP16, FP16, norm_bytes=2, bias_bytes=2, kv_bytes=2),
         Format("onnx_fp32", FP32, FP32, **onnx),
         Format("onnx_static_int8", static, static, float_limit=ONE_FILE_BYTES, **onnx),
         Format("onnx_dynamic_int8", static, static, limit=ONE_FILE_BYTES, **onnx),
@@ -114,6 +119,19 @@ def formats(blocks: Blocks) -> tuple[Format, ...]:
         Format("tflite_static_int8", INT8_ROWS, INT8_ROWS, INT8_ROWS, **tflite),
         Format("tflite_dynamic_int8", INT8_ROWS, INT8_ROWS, INT8_ROWS, **tflite),
         Format("tflite_weight_only_int8", params, params, params, unpacked=True, **tflite),
+        # Cos and sin are whole heads wide there; norms are int8 too.
+        Format(
+            "tflite_full_int8",
+            whole,
+            whole,
+            whole,
+            norm_bytes=1,
+            rotary_bytes=4,
+            most_context=FULL_CONTEXT,
+            kv_bytes=1,
+            fused_twice=True,
+            **tflite,
+        ),
     )
 
 
@@ -122,13 +140,14 @@ def size_of(shape: DecoderShape, form: Format, sparsity: float = 0.0) -> Size:
     counted = parameters(shape)
     linear, linear_scales = linear_bytes(shape, form, heads=0 if shape.tied else 1)
     table, table_scales = form.embedding.stored(shape.vocab_size, shape.hidden_size)
-    places, place_scales = form.positions.stored(shape.context_tokens, shape.hidden_size) if not shape.rotary else (0, 0)
+    context = min(shape.context_tokens, form.most_context or shape.context_tokens)
+    places, place_scales = form.positions.stored(context, shape.hidden_size) if not shape.rotary else (0, 0)
     biases = sum(matrix.count * matrix.rows for matrix in matrices(shape) if matrix.bias)
-    floats = (counted.norms + biases) * form.float_bytes
-    angles = shape.context_tokens * shape.head_dim * FLOAT_BYTES if form.rotary_tables and shape.rotary else 0  # half cos, half sin
+    floats = counted.norms * form.norm_bytes + biases * form.bias_bytes
+    angles = context * shape.head_dim // 2 * form.rotary_bytes if shape.rotary else 0
     graph = graph_bytes(form.name, shape)
     rest = linear_scales + table_scales + place_scales + floats + angles
-    disk = linear + table + places + rest + graph
+    disk = linear + table + places + rest + graph + (fused_bytes(shape) if form.fused_twice else 0)
     head = linear_bytes(shape, form, heads=1)[0] - linear_bytes(shape, form, heads=0)[0] if not shape.tied else 0
     pruned = linear - head  # the head is no layer that pruning touches
     download = pruned * deflated_share(form.linear.kind, sparsity) + head * deflated_share(form.linear.kind, 0.0)
@@ -151,6 +170,13 @@ def linear_bytes(shape: DecoderShape, form: Format, heads: int) -> tuple[int, in
     """Codes, and scales with zero points, of all linear layers, and of ``heads`` heads that are no embedding."""
     found = [(form.linear.stored(m.rows, m.columns), heads if m.part == "head" else m.count) for m in matrices(shape)]
     return sum(codes * count for (codes, _), count in found), sum(scales * count for (_, scales), count in found)
+
+
+def fused_bytes(shape: DecoderShape) -> int:
+    """Int8 weights of GPT-2's q, k and v, which are one matrix there, and of one of its FFN's two; other families fuse nothing."""
+    if shape.family != "gpt2":
+        return 0
+    return shape.layers * shape.hidden_size * ((shape.heads + 2 * shape.kv_heads) * shape.head_dim + shape.ffn_size)
 
 
 def read_bytes(shape: DecoderShape, form: Format) -> int:

@@ -138,7 +138,7 @@ def test_a_token_reads_all_weights_but_an_embedding_that_is_no_head():
         assert by_name["checkpoint_fp16"].read_per_token == 2 * read
         assert by_name["tflite_weight_only_int8"].read_per_token == 4 * read  # made float again when it is loaded
         assert by_name["onnx_static_int8"].read_per_token == pytest.approx(read, rel=0.02)
-        assert by_name["onnx_weight_only_int4"].read_per_token < 0.85 * read
+        assert by_name["onnx_weight_only_int4"].read_per_token < 0.9 * read  # blocks of 16: half a byte and a quarter of scales
 
 
 def test_speed_is_bound_by_bandwidth_and_memory_decides_what_fits():
@@ -148,7 +148,7 @@ def test_speed_is_bound_by_bandwidth_and_memory_decides_what_fits():
     known = {device.name: device for device in reckoning.devices()}
     for item in found.devices:
         size, device = by_name[item.format], known[item.device]
-        cache = found.kv_cache[4096]["fp16" if item.format == "checkpoint_fp16" else "fp32"]
+        cache = found.kv_cache[4096][{"checkpoint_fp16": "fp16", "tflite_full_int8": "int8"}.get(item.format, "fp32")]
         assert item.tokens_per_s * (size.read_per_token + cache) == pytest.approx(device.bandwidth_gb_s * 1e9)
         assert item.fits == (size.memory + cache <= share * device.memory_gib * 2**30)
     eight_bits = next(
@@ -286,6 +286,6 @@ def test_sizes_are_those_of_the_artifacts_in_the_prices():
         assert size_of(shape, form).disk == pytest.approx(rows[name], rel=0.03)
     sizes = {size.name: size.disk for size in fit("demo", Question(prune=prune_settings("ffn=0.5"))).sizes}
     known = sizes.keys() & rows.keys()
-    assert {"onnx_weight_only_int4", "tflite_weight_only_int8"} <= known
+    assert {"onnx_weight_only_int4", "tflite_weight_only_int8", "tflite_full_int8"} <= known
     for name in known:
         assert sizes[name] == pytest.approx(rows[name], rel=0.03), name

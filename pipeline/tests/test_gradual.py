@@ -139,3 +139,13 @@ def test_divergence_before_the_share_is_reached_is_told(checkpoints, dense, text
     )
     with pytest.raises(GateError, match="before it had removed what recover.sparsity asks for; set recover.learning_rate lower"):
         make(tmp_path / "out", SETTINGS, checkpoints["llama"], dense["llama"], text)
+
+
+def test_a_layer_that_is_left_empty_is_named(checkpoints):
+    model = load_model(checkpoints["llama"])
+    name, module = list(linear_layers(model).items())[3]
+    recover.check_left(model)
+    with torch.no_grad():
+        module.weight.zero_()
+    with pytest.raises(UserError, match=f"leaves nothing of {name}; set it lower"):
+        recover.check_left(model)
