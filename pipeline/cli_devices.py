@@ -84,10 +84,12 @@ def test(
         else:
             test_recipe(chosen, work, out, as_json)
         return
+    from pipeline.road import Places
+
     others = (recipe, model, calibration, evaluation, settings)
     if any(others):
         raise UserError("a bundle has its own recipe; leave out --recipe, --model, --set and the texts, or the bundle")
-    test_bundle(path, {key: value for key, value in given.items() if value is not None}, out, as_json)
+    test_bundle(path, {key: value for key, value in given.items() if value is not None}, Places(work, out), as_json)
 
 
 def test_recipe(chosen, work: Path, out: Path, as_json: bool) -> None:
@@ -97,10 +99,10 @@ def test_recipe(chosen, work: Path, out: Path, as_json: bool) -> None:
 
     check_devices(chosen)
     folders, _ = runner.run_stages(chosen, work, tell)
-    tell_outcome(chosen.name, measure(chosen, folders, tell), out, as_json)
+    tell_outcome(chosen.name, measure(chosen, folders, work, tell), out, as_json)
 
 
-def test_bundle(path: Path, given: dict, out: Path, as_json: bool) -> None:
+def test_bundle(path: Path, given: dict, places, as_json: bool) -> None:
     """A bundle's artifacts, judged by its golden vectors; on this machine where no device is given."""
     from pydantic import ValidationError
 
@@ -112,7 +114,7 @@ def test_bundle(path: Path, given: dict, out: Path, as_json: bool) -> None:
         settings = DeviceSettings(**{"devices": ("local",), **given})
     except ValidationError as error:
         raise UserError(faults(error, None)) from error
-    tell_outcome(path.stem.removesuffix("-android-bundle"), measure_bundle(path, settings, tell), out, as_json)
+    tell_outcome(path.stem.removesuffix("-android-bundle"), measure_bundle(path, settings, places.work, tell), places.out, as_json)
 
 
 def tell_outcome(name: str, outcome, out: Path, as_json: bool) -> None:

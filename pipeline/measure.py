@@ -28,7 +28,7 @@ def runtimes_of(sidecar: dict) -> list[str]:
     return [name for name, (form, *_) in RUNTIMES.items() if form == sidecar["format"] and (named is None or name in named)]
 
 
-def measure(recipe: Recipe, folders: dict[str, Path], tell: Callable[[str, str], None]) -> Outcome:
+def measure(recipe: Recipe, folders: dict[str, Path], work: Path, tell: Callable[[str, str], None]) -> Outcome:
     """Every artifact in every runtime on the recipe's devices: times, memory, golden vectors, quality, agreement of devices."""
     jobs, sidecars = [], {}
     for stage, name in stages_of(recipe.artifacts).items():
@@ -37,7 +37,7 @@ def measure(recipe: Recipe, folders: dict[str, Path], tell: Callable[[str, str],
         gates = DeviceGates(**getattr(recipe.gates, name).model_dump())
         for runtime in runtimes_of(sidecars[name]):
             jobs.append(Job(sidecar, folders["golden"], Run(runtime, recipe.device.threads, gates, quality=True)))
-    outcome = run_everywhere(jobs, plan_of(recipe.device), tell)
+    outcome = run_everywhere(jobs, plan_of(recipe.device, work), tell)
     outcome.results = [with_dearest(result, sidecars[result["artifact"]]) for result in outcome.results]
     return outcome
 
@@ -48,10 +48,10 @@ def check_devices(recipe: Recipe) -> None:
         check_address(address)
 
 
-def plan_of(settings: DeviceSettings) -> Plan:
-    """The recipe's devices as a plan."""
+def plan_of(settings: DeviceSettings, work: Path) -> Plan:
+    """The recipe's devices as a plan; emulated ones are kept under ``work``."""
     limits = Limits(settings.same_top1, settings.same_perplexity)
-    return Plan(settings.devices, settings.rounds, settings.emulated_windows, limits)
+    return Plan(settings.devices, settings.rounds, settings.emulated_windows, limits, work)
 
 
 def with_dearest(result: dict, sidecar: dict) -> dict:
@@ -65,7 +65,7 @@ def with_dearest(result: dict, sidecar: dict) -> dict:
     return {**result, "device": {**result["device"], "failures": failures}}
 
 
-def measure_bundle(path: Path, settings: DeviceSettings, tell: Callable[[str, str], None]) -> Outcome:
+def measure_bundle(path: Path, settings: DeviceSettings, work: Path, tell: Callable[[str, str], None]) -> Outcome:
     """Times, memory and golden vectors of every artifact of a bundle on devices, against the gates in its manifest.
 
     Raises GateError, and opens nothing, when a byte of the bundle is not as it was built.
@@ -76,4 +76,4 @@ def measure_bundle(path: Path, settings: DeviceSettings, tell: Callable[[str, st
             for runtime in dict.fromkeys(device.runtime for device in artifact.runtimes):
                 run = Run(runtime, settings.threads, DeviceGates(**artifact.gates))
                 jobs.append(Job(folder / artifact.sidecar, folder / "golden", run))
-        return run_everywhere(jobs, plan_of(settings), tell)
+        return run_everywhere(jobs, plan_of(settings, work), tell)

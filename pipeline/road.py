@@ -45,7 +45,7 @@ def build(recipe: Recipe, places: Places, tell: Callable[[str, str], None], meas
     archive = folder.with_suffix(".zip")
     if not measure_again and bundle_is_whole(folder, archive, key):
         return Built(folder, archive, json.loads((folder / "report.json").read_text(encoding="utf-8")), measured=False)
-    report = build_report(recipe, folders, measure(recipe, folders, tell), as_rows(runs))
+    report = build_report(recipe, folders, measure(recipe, folders, places.work, tell), as_rows(runs))
     build_bundle(BundleInputs(recipe, folders, report, key), places.out)
     return Built(folder, archive, json.loads(report_json(report)), measured=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ DRIVERS = {
     "ssh": "device_tests.devices.ssh",
     "adb": "device_tests.devices.adb",
 }
+EMULATED = ("arm64", "avx2")
+WORK = Path(".pocketlm")
 FORMS = (
     "local, arm64, arm64?cpu=cortex-a72, avx2, ssh://user@host[:port][?threads=4] or "
     "adb://serial?benchmark_model=PATH&onnxruntime_perf_test=PATH"
@@ -57,16 +60,24 @@ def check_address(address: str) -> None:
 
 
 @contextmanager
-def open_device(address: str, tell: Tell) -> Iterator[Device]:
-    """Open the device at ``address`` and leave nothing behind on it. DeviceUnavailable says why it cannot be used."""
-    opened: AbstractContextManager[Device] = driver_of(address).open_at(address, tell)
+def open_device(address: str, tell: Tell, work: Path = WORK) -> Iterator[Device]:
+    """Open the device at ``address`` and leave nothing behind on it. DeviceUnavailable says why it cannot be used.
+
+    ``work`` is the folder in which emulated machines are built and kept.
+    """
+    kept = (work,) if scheme_of(address) in EMULATED else ()
+    opened: AbstractContextManager[Device] = driver_of(address).open_at(address, tell, *kept)
     with opened as device:
         yield device
 
 
+def scheme_of(address: str) -> str:
+    """How the address begins."""
+    return address.split("://")[0].split("?")[0]
+
+
 def driver_of(address: str) -> ModuleType:
     """The module that knows addresses of this kind. DeviceTestError where there is none."""
-    scheme = address.split("://")[0].split("?")[0]
-    if scheme not in DRIVERS:
+    if scheme_of(address) not in DRIVERS:
         raise DeviceTestError(f"device {address}: no such kind; give {FORMS}")
-    return import_module(DRIVERS[scheme])
+    return import_module(DRIVERS[scheme_of(address)])

@@ -13,7 +13,7 @@ from typing import Any
 
 from device_tests.answers import Agreement, agreement, as_record, read_answers
 from device_tests.artifact import read_json
-from device_tests.devices import Device, DeviceUnavailable, Tell, check_address, open_device
+from device_tests.devices import WORK, Device, DeviceUnavailable, Tell, check_address, open_device
 from device_tests.devices.job import Job, failed_result
 from device_tests.devices.local import run_local
 from device_tests.devices.rounds import merged
@@ -39,13 +39,15 @@ class Limits:
 class Plan:
     """Where and how. ``rounds`` are fresh processes that time an artifact, of which medians are taken.
 
-    ``emulated_windows`` bounds the evaluation windows on emulated devices, which are slow; None: golden vectors only.
+    ``emulated_windows`` bounds the evaluation windows on emulated devices, which are slow; None: golden vectors only. ``work`` is
+    where emulated machines are kept.
     """
 
     devices: tuple[str, ...] = (LOCAL,)
     rounds: int = 1
     emulated_windows: int | None = None
     limits: Limits = Limits()
+    work: Path = WORK
 
 
 @dataclass
@@ -72,7 +74,7 @@ def run_everywhere(jobs: list[Job], plan: Plan, tell: Tell) -> Outcome:
         expected = {job: Path(folder) / f"{place}.npz" for place, job in enumerate(jobs)}
         for address in sorted(plan.devices, key=lambda address: address != LOCAL):  # this machine first: the others are held against it
             try:
-                with open_device(address, tell) as device:
+                with open_device(address, tell, plan.work) as device:
                     outcome.boards[device.name] = device.board
                     run_on(device, jobs, plan, expected, outcome, tell)
             except DeviceUnavailable as error:

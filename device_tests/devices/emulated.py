@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from device_tests.devices.job import Job, Places, arguments, failed_result
-from device_tests.devices.lab import WORK, Lab, lab_at
+from device_tests.devices.lab import Lab, lab_at
 from device_tests.devices.lab_arm64 import Arm64, board_of, files_of
 from device_tests.devices.local import run_here
 from device_tests.errors import DeviceTestError

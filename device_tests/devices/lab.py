@@ -26,11 +26,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from device_tests.devices import DeviceUnavailable, lab_debian, lab_wheels
+from device_tests.devices import WORK, DeviceUnavailable, lab_debian, lab_wheels
 from device_tests.devices.lab_lock import LOCK, Lock, Package, read_lock, write_lock
 from device_tests.errors import DeviceTestError
 
-WORK = Path(".pocketlm")
 RECORD = "lab.json"
 SITE = "opt/runtimes"  # in the root folder: apart from Python's own places, so that a login meets a bare board
 PASSWD = "root:x:0:0:root:/root:/bin/bash\npi:x:1000:1000::/home/pi:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"

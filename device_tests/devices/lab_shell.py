@@ -16,8 +16,9 @@ import os
 import sys
 from pathlib import Path
 
+from device_tests.devices import WORK
 from device_tests.devices.emulated import ARM64_CPU
-from device_tests.devices.lab import WORK, Lab, lab_at
+from device_tests.devices.lab import Lab, lab_at
 from device_tests.devices.lab_arm64 import Arm64, files_of
 from device_tests.devices.lab_enter import Entry
 from device_tests.errors import DeviceTestError

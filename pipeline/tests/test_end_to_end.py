@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import CONTEXT
+from device_tests.devices import WORK
 from models.checkpoint import load_model, load_tokenizer
 from pipeline import fingerprint
 from pipeline.runner import with_our_path
@@ -63,6 +64,10 @@ def built(request, checkpoints, text_file, tmp_path_factory):
         options += ["--calibration", str(text_file), "--evaluation", str(held_out)]
         options += [f"--set={key}={value}" for key, value in BESIDE.items()]
         options += [f"--set=artifacts={json.dumps([*RUNTIMES, *ON_DEMAND])}", '--set=device.devices=["local"]']
+    lab = fingerprint.ROOT / WORK / "arm64-lab"  # built once for all, and kept
+    lab.mkdir(parents=True, exist_ok=True)
+    (folder / WORK).mkdir()
+    (folder / WORK / "arm64-lab").symlink_to(lab)
     place = Place(folder, tuple(options))
     return request.param, place, place.bundle()
 
@@ -76,6 +81,10 @@ def test_every_artifact_passed_in_every_runtime(built):
     assert {name: ran[name] for name in RUNTIMES} == RUNTIMES and all(ran.values())
     assert report["text_sampled"] == (family == "gpt2")
     assert report["pruned"]["parameters"] < report["model"]["parameters"]
+    met = {device["device"]: device for artifact in report["artifacts"] for device in artifact["devices"]}
+    arm64 = [name for name in met if name.startswith("arm64")]
+    assert (family == "gpt2") == bool(arm64) or report["skipped"], "every bundle meets ARM64 unless its recipe says otherwise"
+    assert all(met[name]["isa"] == "aarch64" and met[name]["against_local"]["top1"] > 0.9 for name in arm64)
     for artifact in report["artifacts"]:
         assert artifact["bytes"] == (next((place.folder / said["folder"]).rglob(artifact["file"]))).stat().st_size
         if artifact["name"].endswith("fp32"):

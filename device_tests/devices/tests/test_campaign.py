@@ -55,7 +55,7 @@ def devices(monkeypatch):
     known = {"local": Local()}
 
     @contextmanager
-    def opened(address, tell):
+    def opened(address, tell, work):
         if isinstance(known[address], Exception):
             raise known[address]
         yield known[address]

@@ -15,10 +15,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from device_tests.devices import DeviceUnavailable, open_device
+from device_tests.devices import WORK, DeviceUnavailable, open_device
 from device_tests.devices.emulated import AVX2_CPU, open_arm64, open_avx2, parse
 from device_tests.devices.job import Job, Run
-from device_tests.devices.lab import WORK, Lab, lab_at
+from device_tests.devices.lab import Lab, lab_at
 from device_tests.devices.lab_arm64 import Arm64, board_of, files_of
 from device_tests.devices.lab_enter import Entry
 from device_tests.devices.lab_shell import login_entry
