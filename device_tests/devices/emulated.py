@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from device_tests.devices import WORK
 from device_tests.devices.job import Job, Places, arguments, failed_result
 from device_tests.devices.lab import Lab, lab_at
 from device_tests.devices.lab_arm64 import Arm64, board_of, files_of
