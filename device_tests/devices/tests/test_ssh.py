@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -216,6 +217,13 @@ def test_a_run_whose_connection_breaks_is_ended_there(board, toy, told, wire):
     with opened(board, told) as device:
         assert device.run(Job(toy / "toy.json", toy, QUICK))["device"]["passed"]
     assert board.left() == []
+
+
+def test_control_c_ends_the_run_there_before_it_returns(board, toy, told):
+    with pytest.raises(KeyboardInterrupt), opened(board, told) as device:
+        when_it_runs(board, lambda: os.kill(os.getpid(), signal.SIGINT))
+        device.run(Job(toy / "toy.json", toy, ENDLESS))
+    assert not running(board) and not (board.cache / "work").exists()
 
 
 def test_a_line_that_falls_silent_is_noticed_on_both_sides(board, toy, told, wire, monkeypatch):
