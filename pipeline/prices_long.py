@@ -19,6 +19,7 @@ from models.corpus import collect, split_of
 from models.demo_data import choose
 from models.progress import track
 from pipeline.course import learning_rate_at, training_windows
+from pipeline.gradual import last_pruning_step
 from pipeline.prices_kept import Earlier, kept, row_key, stage_keys
 from pipeline.prices_measure import Dense
 from pipeline.prices_plan import BATCH_WINDOWS, CONTROL_STEPS, LongRow, long_rows
@@ -86,6 +87,7 @@ def priced_long(row: LongRow, work: Path, dense: Dense, earlier: Earlier, tell: 
         "steps": row.steps,
         "tokens": recovered["tokens_seen"],
         "sparsity": recovered["sparsity"],
+        "pruned_until_step": last_pruning_step(row.steps) if recipe.recover.sparsity else 0,
         "learning_rate": recovered["learning_rate"],
         "kept": recovered["kept"],
         "cpu_seconds": curve[-1]["cpu_seconds"],

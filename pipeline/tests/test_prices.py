@@ -168,8 +168,10 @@ def test_long_rows_are_recipes_that_draw_nothing_twice(tmp_path, monkeypatch):
 
 def test_below_is_where_the_target_is_held_for_good():
     ratios = [1.0, 1.05, 1.3, 1.12, 1.06, 1.04]
-    curve = [{"validation_perplexity_ratio": ratio, "cpu_seconds": 10.0 * number} for number, ratio in enumerate(ratios)]
-    assert below({"target": 1.08, "curve": curve}) == "40"
-    assert below({"target": 1.01, "curve": curve}) == "-"
-    assert below({"target": 1.5, "curve": curve}) == "10"
+    curve = [{"step": number, "validation_perplexity_ratio": ratio, "cpu_seconds": 10.0 * number} for number, ratio in enumerate(ratios)]
+    row = {"curve": curve, "pruned_until_step": 0}
+    assert below({**row, "target": 1.08}) == "40"
+    assert below({**row, "target": 1.01}) == "-"
+    assert below({**row, "target": 1.5}) == "10"
+    assert below({**row, "target": 1.5, "pruned_until_step": 3}) == "40"  # what is still being pruned does not count
     assert long_section({"long": {}}) == ""
