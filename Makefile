@@ -25,7 +25,7 @@ android-bundle: $(READY)  ## model to bundle: MODEL= RECIPE= CALIBRATION= EVALUA
 device-test: $(READY)  ## measure the artifacts again and judge them; the same variables, and DEVICE="ssh://pi@raspberrypi.local arm64 ..."
 	@$(RUN) test $(GIVEN) $(PLACE) $(foreach device,$(DEVICE),--device "$(device)")
 
-arm64-lab: $(READY)  ## build the emulated ARM64 machine (android-bundle does so by itself)
+arm64-lab: $(READY)  ## build the emulated ARM64 machine that artifacts are also tested on (Debian 12 on x86-64; android-bundle does so by itself)
 	@$(VENV)/bin/python -m device_tests.devices.lab
 
 test: $(TESTABLE) lint  ## run all tests
