@@ -14,7 +14,7 @@ GIVEN := $(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)") 
 PLACE := $(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help android-bundle device-test arm64-lab test bench prices demo-model readme lint format clean python-3.11
+.PHONY: help android-bundle device-test arm64-lab board-wheels test bench prices demo-model readme lint format clean python-3.11
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
@@ -22,11 +22,14 @@ help:  ## list the targets
 android-bundle: $(READY)  ## model to bundle: MODEL= RECIPE= CALIBRATION= EVALUATION= OUT= SET="key=value ..." (no MODEL: the demo model)
 	@$(RUN) bundle $(GIVEN) $(PLACE)
 
-device-test: $(READY)  ## measure the artifacts again and judge them; the same variables, and DEVICE="ssh://pi@raspberrypi.local arm64 ..."
-	@$(RUN) test $(GIVEN) $(PLACE) $(foreach device,$(DEVICE),--device "$(device)")
+device-test: $(READY)  ## measure and judge again: DEVICE="local arm64 ssh://pi@raspberrypi.local?threads=4" BUNDLE=, or the variables of android-bundle
+	@$(RUN) test $(if $(BUNDLE),"$(BUNDLE)") $(foreach device,$(DEVICE),--device "$(device)") $(GIVEN) $(PLACE)
 
 arm64-lab: $(READY)  ## build the emulated ARM64 machine that artifacts are also tested on (Debian 12 on x86-64; android-bundle does so by itself)
 	@$(VENV)/bin/python -m device_tests.devices.lab
+
+board-wheels: $(READY)  ## pin the wheels for boards anew, after a runtime's version was moved
+	@$(VENV)/bin/python -m device_tests.devices.ssh_wheels_update
 
 test: $(TESTABLE) lint  ## run all tests
 	@$(VENV)/bin/python -m pytest
