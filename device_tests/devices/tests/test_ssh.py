@@ -254,35 +254,6 @@ def test_a_board_that_is_started_anew_in_the_middle(board, toy, told, tmp_path):
         other.kill()
 
 
-def test_a_disk_that_fills_up_while_something_is_sent(board, toy, told, tmp_path):
-    """Something else on the board takes the room. One line, nothing stays, and with room it goes through."""
-    other = another(board, tmp_path, small_disks={".cache/pocketlm": FILLER + (36 << 20)})
-    wire = Wire(other.port)
-    sshd = other.processes(f"-f {other.folder}/sshd_config")[-1]
-    disk = Path(f"/proc/{sshd}/root{other.cache}")  # sshd sees the small disk, this process does not
-    (disk / "environments").symlink_to(board.cache / "environments")
-    filler = disk / "files" / "filler"
-
-    def fill() -> None:
-        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-            while True:
-                file.write(bytes(1 << 16))
-
-    try:
-        with pytest.raises(
-            DeviceUnavailable, match="the board's disk is full during the transfer of toy.extra; make room there and run again"
-        ):
-            with opened(other, told, port=wire.port) as device:
-                wire.at(FILLER // 3, fill)
-                device.run(Job(toy / "toy.json", toy, QUICK))
-        assert {path.name for path in disk.iterdir()} == {"environments", "lock"}
-        with opened(other, told) as device:
-            assert device.run(Job(toy / "toy.json", toy, QUICK))["device"]["passed"]
-    finally:
-        wire.close()
-        other.kill()
-
-
 def test_a_runtime_that_the_processor_cannot_run_is_left_out(tmp_path, told, toy, monkeypatch):
     """Also: no index is reached, so that the wheels are sent from here. The stand-in dies by SIGILL where it imports the runtime."""
     lock = read_lock()
