@@ -7,16 +7,15 @@ right token in nats. Without evaluation windows these two are of the golden ones
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from device_tests.errors import DeviceTestError
 from device_tests.token_statistics import log_softmax, mean_estimate, perplexity, perplexity_change
+from device_tests.vectors import write_arrays
 
 
 @dataclass(frozen=True)
@@ -88,20 +87,9 @@ def agreement(reference: Answers, other: Answers) -> Agreement:
     )
 
 
-def as_record(found: Agreement) -> dict[str, Any]:
-    """JSON values."""
-    return asdict(found)
-
-
 def write_answers(path: Path, answers: Answers) -> None:
     """Whole or not at all. DeviceTestError where it cannot be written."""
-    draft = path.with_name(path.name + ".draft")
-    try:
-        with draft.open("wb") as file:
-            np.savez_compressed(file, **{field.name: getattr(answers, field.name) for field in fields(Answers)})
-        os.replace(draft, path)
-    except OSError as error:
-        raise DeviceTestError(f"{path}: cannot be written ({error.strerror}); give another --answers") from error
+    write_arrays(path, "--answers", {field.name: getattr(answers, field.name) for field in fields(Answers)}, compressed=True)
 
 
 def read_answers(path: Path) -> Answers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -16,7 +15,7 @@ from device_tests.errors import DeviceTestError
 from device_tests.replay import Place, each_logits, refuse_broken
 from device_tests.sessions import Session
 from device_tests.token_statistics import Estimate, kl_grouped, log_softmax, mean_estimate, perplexity, perplexity_change
-from device_tests.vectors import Vectors, read_rows
+from device_tests.vectors import Vectors, read_rows, write_arrays
 
 ROWS = ("windows", "top_ids", "top_logprob", "rest_logprob", "target_logprob", "dense_target_logprob")
 TOP = 5  # first choices of the artifact among which the reference's one is looked for
@@ -104,13 +103,7 @@ def summary(scores: TokenScores) -> Quality:
 
 def write_scores(path: Path, scores: TokenScores) -> None:
     """All numbers as .npz, whole or not at all. DeviceTestError where it cannot be written."""
-    draft = path.with_name(path.name + ".draft")
-    try:
-        with draft.open("wb") as file:
-            np.savez(file, **{field.name: getattr(scores, field.name) for field in fields(TokenScores)})
-        os.replace(draft, path)
-    except OSError as error:
-        raise DeviceTestError(f"{path}: cannot be written ({error.strerror}); give another --tokens") from error
+    write_arrays(path, "--tokens", {field.name: getattr(scores, field.name) for field in fields(TokenScores)})
 
 
 def read_scores(path: Path) -> TokenScores:

@@ -5,6 +5,7 @@ An .npz is a zip of .npy files; ``numpy.load`` would inflate whole arrays, which
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -63,6 +64,17 @@ def read_rows(vectors: Vectors, names: tuple[str, ...]) -> Iterator[dict[str, np
         headers = {name: _read_header(member) for name, member in members.items()}
         for _ in range(headers[names[0]][0][0]):
             yield {name: _read_block(member, headers[name][0][1:], headers[name][1]) for name, member in members.items()}
+
+
+def write_arrays(path: Path, option: str, arrays: dict[str, object], compressed: bool = False) -> None:
+    """An .npz, whole or not at all. DeviceTestError, which names the ``option`` that gave the path, where it cannot be written."""
+    draft = path.with_name(path.name + ".draft")
+    try:
+        with draft.open("wb") as file:
+            (np.savez_compressed if compressed else np.savez)(file, **arrays)
+        os.replace(draft, path)
+    except OSError as error:
+        raise DeviceTestError(f"{path}: cannot be written ({error.strerror}); give another {option}") from error
 
 
 def _open(path: Path, dimensions: dict[str, str]) -> Vectors:

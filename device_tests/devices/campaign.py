@@ -7,11 +7,11 @@ import os
 import platform
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from device_tests.answers import Agreement, agreement, as_record, read_answers
+from device_tests.answers import Agreement, agreement, read_answers
 from device_tests.artifact import read_json
 from device_tests.devices import WORK, Device, DeviceUnavailable, Tell, check_address, open_device
 from device_tests.devices.job import Job, failed_result
@@ -162,7 +162,7 @@ def compare_with_here(result: dict[str, Any], job: Job, plan: Plan, files: tuple
         return
     found = agreement(read_answers(expected), read_answers(answers))
     device = result["device"]
-    device["against_local"] = {**as_record(found), "local_isa": platform.machine()}
+    device["against_local"] = {**asdict(found), "local_isa": platform.machine()}
     name = f"{result['artifact']} in {device['runtime']} on {device['device']}"
     device["failures"] += [f"{name}: {line}" for line in missed(found, plan.limits)]
     device["passed"] = not device["failures"]
