@@ -167,6 +167,13 @@ class StandIn:
         names = [str(path.relative_to(self.cache)) for path in found]
         return sorted(name for name in names if not name.startswith("environments/"))
 
+    def seen_there(self, path: Path) -> Path:
+        """A path as the board's own processes see it, small disks and all, for a process outside.
+
+        By the sshd that listens: one of its children may belong to a connection that is about to end.
+        """
+        return Path(f"/proc/{descendants(self._process.pid)[0]}/root{path}")
+
     def processes(self, word: str) -> list[int]:
         """Ids of the processes on this machine whose command line has ``word`` in it."""
         found = []

@@ -9,11 +9,15 @@ from pathlib import Path
 
 
 class Wire:
-    """A cable between client and board. ``up`` counts the bytes to the board; ``at`` calls something once so many have passed."""
+    """A cable between client and board. ``up`` counts the bytes to the board; ``at`` calls something once so many have passed.
+
+    What fails in such a call breaks the cable at once and is raised again by ``close``.
+    """
 
     def __init__(self, port: int) -> None:
         self._board, self.up, self._at, self._hung = port, 0, [], threading.Event()
         self._ends: list[socket.socket] = []
+        self._failed: list[BaseException] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -38,6 +42,8 @@ class Wire:
     def close(self) -> None:
         self._listener.close()
         self.cut()
+        for failure in self._failed:
+            raise AssertionError("what was to happen in the middle of a transfer failed") from failure
 
     def _accept(self) -> None:
         while True:
@@ -50,6 +56,13 @@ class Wire:
             for source, target, up in ((client, board, True), (board, client, False)):
                 threading.Thread(target=self._carry, args=(source, target, up), daemon=True).start()
 
+    def _call(self, call) -> None:
+        try:
+            call()
+        except BaseException as failure:  # pytest's own failures are no Exception
+            self._failed.append(failure)
+            self.cut()
+
     def _carry(self, source: socket.socket, target: socket.socket, up: bool) -> None:
         try:
             while data := source.recv(1 << 16):
@@ -61,7 +74,7 @@ class Wire:
                     due = [entry for entry in self._at if entry[0] <= self.up]
                     self._at = [entry for entry in self._at if entry not in due]
                     for _, call in due:
-                        call()
+                        self._call(call)
             if not self._hung.is_set():
                 target.shutdown(socket.SHUT_WR)
         except OSError:  # cut

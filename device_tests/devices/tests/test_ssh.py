@@ -106,9 +106,17 @@ def opened(stand_in: StandIn, told: list[str], address: str = "ssh://board", por
 def another(board: StandIn, folder: Path, **settings) -> StandIn:
     """A second board that already has the first one's environment."""
     stand_in = StandIn(folder / "other", environment=board.environment, **settings)
-    shutil.copytree(board.cache / "environments", stand_in.cache / "environments", symlinks=True, copy_function=os.link)
+    shutil.copytree(environments_of(board), stand_in.cache / "environments", symlinks=True, copy_function=os.link)
     stand_in.start()
     return stand_in
+
+
+def environments_of(board: StandIn) -> Path:
+    """The runtimes' environment on the board, made now if no test before did."""
+    if not (board.cache / "environments").exists():
+        with opened(board, []):
+            pass
+    return board.cache / "environments"
 
 
 def until(condition, seconds: float = 20.0):
@@ -251,6 +259,34 @@ def test_a_board_that_is_started_anew_in_the_middle(board, toy, told, tmp_path):
             assert device.run(Job(toy / "toy.json", toy, QUICK))["device"]["passed"]
         assert not other.cache.exists(), "clean=1 leaves nothing at all"
     finally:
+        other.kill()
+
+
+def test_a_disk_that_fills_up_while_something_is_sent(board, toy, told, tmp_path):
+    """Something else on the board takes the room. One line, nothing stays, and with room it goes through."""
+    other = another(board, tmp_path, small_disks={".cache/pocketlm": FILLER + (36 << 20)})
+    disk = other.seen_there(other.cache)
+    (disk / "environments").symlink_to(environments_of(board))
+    filler = disk / "files" / "filler"
+    wire = Wire(other.port)
+
+    def fill() -> None:
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(bytes(1 << 16))
+
+    try:
+        with pytest.raises(
+            DeviceUnavailable, match="the board's disk is full during the transfer of toy.extra; make room there and run again"
+        ):
+            with opened(other, told, port=wire.port) as device:
+                wire.at(FILLER // 3, fill)
+                device.run(Job(toy / "toy.json", toy, QUICK))
+        assert {path.name for path in disk.iterdir()} == {"environments", "lock"}
+        with opened(other, told) as device:
+            assert device.run(Job(toy / "toy.json", toy, QUICK))["device"]["passed"]
+    finally:
+        wire.close()
         other.kill()
 
 
