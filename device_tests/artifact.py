@@ -27,6 +27,32 @@ class Interface:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """A matrix of the prompt graph that is made of the decode graph's codes ``[outputs, blocks, block]``.
+
+    ``offsets`` say where in the data file ``codes``, ``scales``, ``zeros`` and ``row_scale`` begin. Without a row scale the codes less
+    their middle are the int8 numbers.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    blocks: int
+    block: int
+    bits: int
+    offsets: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The second graph of a hybrid ONNX artifact, for prompts: its file, the file of weights, and the matrices it has to be given."""
+
+    path: Path
+    data: Path
+    weights: tuple[Matrix, ...]
+
+
+@dataclass(frozen=True)
 class Artifact:
     """One exported model file: ``format`` is onnx or tflite, ``sha256`` that of the model file."""
 
@@ -36,6 +62,7 @@ class Artifact:
     sha256: str
     bytes: int
     interface: Interface
+    prompt: Prompt | None = None
 
 
 def read_artifact(sidecar: Path) -> Artifact:
@@ -59,7 +86,8 @@ def read_artifact(sidecar: Path) -> Artifact:
     for path, sha256, size in named:
         _check_file(sidecar.parent, path, sha256, size)
     digests = {path: sha256 for path, sha256, _ in named}
-    return Artifact(name, form, sidecar.parent / main, digests[main], sum(size for _, _, size in named), interface)
+    prompt = _prompt(record, sidecar, set(digests))
+    return Artifact(name, form, sidecar.parent / main, digests[main], sum(size for _, _, size in named), interface, prompt)
 
 
 def read_json(path: Path, what: str) -> dict:
@@ -82,6 +110,20 @@ def sha256_of(path: Path) -> str:
         for block in iter(lambda: file.read(BLOCK_BYTES), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _prompt(record: dict, sidecar: Path, files: set[str]) -> Prompt | None:
+    if "prompt" not in record:
+        return None
+    try:
+        prompt = record["prompt"]
+        weights = tuple(Matrix(**weight) for weight in prompt["weights"])
+        graph, data = str(prompt["file"]), str(prompt["data"])
+    except (KeyError, TypeError) as error:
+        raise DeviceTestError(f"{sidecar}: its prompt graph is not described ({error!r}); export the artifact again") from error
+    if not {graph, data} <= files:
+        raise DeviceTestError(f"{sidecar}: {graph} or {data} is not among its files; export the artifact again")
+    return Prompt(sidecar.parent / graph, sidecar.parent / data, weights)
 
 
 def _check_file(folder: Path, name: str, sha256: str, size: int) -> None:

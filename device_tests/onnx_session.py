@@ -6,6 +6,8 @@ neither the cache nor, but for one row after a prompt, the logits.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from device_tests.artifact import Artifact, Interface
@@ -31,20 +33,16 @@ class OnnxSession:
         self._token = np.zeros((1, 1), dtype=np.int64)
         self._ones = np.ones((1, sizes.context_tokens), dtype=np.int64)
         self._step_logits = np.zeros((1, 1, sizes.vocab_size), dtype=np.float32)
-        self._caches = []
-        for layer in range(sizes.layers):
-            for kind in ("key", "value"):
-                cache = np.zeros((1, sizes.kv_heads, sizes.context_tokens, sizes.head_dim), dtype=np.float32)
-                value = ort.OrtValue.ortvalue_from_numpy(cache)  # shares the memory of the array
-                self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", value)
-                self._binding.bind_ortvalue_output(f"present.{layer}.{kind}", value)
-                self._caches.append((cache, value))
+        self._caches = {}
+        for name in cache_names(sizes):
+            cache = np.zeros((1, sizes.kv_heads, sizes.context_tokens, sizes.head_dim), dtype=np.float32)
+            self._caches[name] = cache, ort.OrtValue.ortvalue_from_numpy(cache)  # shares the memory of the array
+        self._bind_caches(self._binding)
         self._step_bound = False
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
         """Logits ``[vocab]`` after the last of ``tokens`` int ``[n]``."""
-        ids = check_tokens(tokens, self.interface)
-        check_room(self.position, ids.size, self.interface)
+        ids = self._checked(tokens)
         self._step_bound = False
         for start in range(0, ids.size, self._chunk):
             chunk = np.ascontiguousarray(ids[None, start : start + self._chunk])  # [1, n]
@@ -57,7 +55,7 @@ class OnnxSession:
         check_room(self.position, 1, self.interface)
         self._token[0, 0] = check_tokens(token, self.interface)[0]
         if self._step_bound:
-            self._run_bound(1)
+            self._run_bound(self._session, self._binding, 1)
         else:
             self._run(self._token, self._step_logits)
             self._step_bound = True
@@ -67,34 +65,60 @@ class OnnxSession:
         """Forget the cache: what lies beyond the mask is never read."""
         self.position = 0
 
+    def _checked(self, tokens: np.ndarray) -> np.ndarray:
+        """``tokens`` int ``[n]`` as int64. DeviceTestError where they do not fit the vocabulary or the context."""
+        ids = check_tokens(tokens, self.interface)
+        check_room(self.position, ids.size, self.interface)
+        return ids
+
+    def _bind_caches(self, binding) -> None:
+        """Past and present of every layer to the one buffer."""
+        for name, (_, value) in self._caches.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+
     def _run(self, ids: np.ndarray, logits: np.ndarray) -> None:
         self._binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
         self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self._run_bound(ids.shape[1])
+        self._run_bound(self._session, self._binding, ids.shape[1])
 
-    def _run_bound(self, new_tokens: int) -> None:
+    def _run_bound(self, session, binding, new_tokens: int) -> None:
         length = self.position + new_tokens
-        self._binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, length), self._ones.ctypes.data)
+        binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, length), self._ones.ctypes.data)
         try:
-            self._session.run_with_iobinding(self._binding)
+            session.run_with_iobinding(binding)
         except Exception as error:  # every error of the runtime is a class of its own below Exception
             raise ArtifactFailure(f"onnxruntime could not run {self._name} at token {self.position}: {error}") from error
         self.position = length
 
 
+def cache_names(interface: Interface) -> list[str]:
+    """Key and value of every layer in turn, as the tensors' names end."""
+    return [f"{layer}.{kind}" for layer in range(interface.layers) for kind in ("key", "value")]
+
+
 def open_model(artifact: Artifact, ort, threads: int) -> OnnxSession:
     """Open with CPU kernels and ``threads`` intra-op threads. ArtifactFailure when it cannot be opened or has other tensors."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only: they arrive as exceptions, stderr is for the verdict
-    try:
-        session = ort.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # see above
-        raise ArtifactFailure(f"onnxruntime cannot open {artifact.name}: {error}") from error
-    wanted = {"input_ids", "attention_mask"}
-    wanted.update(f"past_key_values.{layer}.{kind}" for layer in range(artifact.interface.layers) for kind in ("key", "value"))
-    differing = wanted ^ {tensor.name for tensor in session.get_inputs()}
-    if differing:
-        raise ArtifactFailure(f"{artifact.name}: inputs differ from the contract in {', '.join(sorted(differing)[:3])}")
-    return OnnxSession(artifact, session, ort)
+    wanted = {"input_ids", "attention_mask", *(f"past_key_values.{name}" for name in cache_names(artifact.interface))}
+
+    def open_graph(path: Path, given: dict):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors only: they arrive as exceptions, stderr is for the verdict
+        if given:
+            options.add_external_initializers(list(given), list(given.values()))
+        try:
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # see above
+            raise ArtifactFailure(f"onnxruntime cannot open {path.name}: {error}") from error
+        differing = wanted ^ {tensor.name for tensor in session.get_inputs()}
+        if differing:
+            raise ArtifactFailure(f"{path.name}: inputs differ from the contract in {', '.join(sorted(differing)[:3])}")
+        return session
+
+    if artifact.prompt is not None:
+        from device_tests.onnx_hybrid import open_hybrid  # that module builds on this one
+
+        return open_hybrid(artifact, open_graph, ort)
+    return OnnxSession(artifact, open_graph(artifact.path, {}), ort)

@@ -38,12 +38,14 @@ def write_sidecar(
     measured: dict,
     libraries: tuple[str, ...],
     runtimes: tuple[str, ...] | None = None,
+    prompt: dict | None = None,
 ) -> dict:
     """Write ``out/<name>.json`` and return what it holds.
 
     ``files`` are the artifact's files, model file first, all in ``out``; ``parent`` is the SHA-256 of what it was made from;
     ``libraries`` are the distributions whose versions matter to the bytes; ``runtimes`` are those in which the file was proved
-    right, None for every runtime of its format. No times, hosts or paths: same inputs, same bytes.
+    right, None for every runtime of its format; ``prompt`` is the second graph of a hybrid (`exporters.onnx_hybrid`).
+    No times, hosts or paths: same inputs, same bytes.
     """
     described = [{"path": path.name, "sha256": sha256_of(path), "bytes": path.stat().st_size} for path in files]
     sidecar = {
@@ -55,6 +57,7 @@ def write_sidecar(
         "bytes": sum(file["bytes"] for file in described),
         "bytes_read_per_token": bytes_read_per_token(files[0], format),
         **({"runtimes": list(runtimes)} if runtimes is not None else {}),
+        **({"prompt": prompt} if prompt is not None else {}),
         "interface": interface,
         "tensors": tensors,
         "parent": parent,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import log_softmax
 
-from exporters.onnx_session import empty_past, open_session, run_tokens
+from exporters.onnx_session import empty_past, feed, open_session, past_names, present_name, run_tokens
 from models.errors import GateError
 
 COMPARED_WINDOWS = 8
@@ -34,6 +34,26 @@ def compare(reference: Path, quantised: Path, windows: np.ndarray, artifact: str
             yield logprob(expected), logprob(got)
 
     return agreement_of(pairs(), windows)
+
+
+def compare_hybrid(reference: Path, decode: Path, prompt: Path, windows: np.ndarray, artifact: str) -> Agreement:
+    """As ``compare``, with the first half of each window through the graph ``prompt`` and the second, which is judged, after it.
+
+    ``prompt`` gives the cache alone, ``decode`` goes on from there.
+    """
+    expected_by, got_by, fed_by = (open_session(path) for path in (reference, decode, prompt))
+    half = windows.shape[1] // 2
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for window in windows:
+            expected = run_tokens(expected_by, window[None], empty_past(expected_by, 1))[0][0, half:-1]
+            names = past_names(fed_by)
+            presents = fed_by.run([present_name(name) for name in names], feed(window[None, :half], empty_past(fed_by, 1)))
+            got = run_tokens(got_by, window[None, half:], dict(zip(names, presents, strict=True)))[0][0, :-1]
+            require_live(got, artifact)
+            yield logprob(expected), logprob(got)
+
+    return agreement_of(pairs(), windows[:, half:])
 
 
 def agreement_of(pairs: Iterable[tuple[np.ndarray, np.ndarray]], windows: np.ndarray) -> Agreement:

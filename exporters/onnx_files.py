@@ -1,12 +1,54 @@
-"""ONNX models on disk: what fits in one file, and what doesn't."""
+"""ONNX models on disk: what fits in one file, and weights in a file of their own."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
+from onnx import TensorProto
 
 from models.errors import UserError
 
 ONE_FILE_BYTES = 1_800_000_000  # protobuf ends at 2 GiB, headers and graph included
+ALIGNMENT = 64  # bytes; vector registers are no wider
+
+
+@dataclass(frozen=True)
+class External:
+    """Where the bytes of a tensor lie: a file beside the graph, and a part of it."""
+
+    file: str
+    offset: int
+    length: int
+
+
+def write_external(tensors: Iterable[TensorProto], path: Path) -> dict[str, External]:
+    """Write the bytes of all tensors one after another to ``path``; where each lies, by name.
+
+    Left out are single numbers and int64, shapes and axes: what is known of a graph before it runs comes from them.
+    """
+    places: dict[str, External] = {}
+    with path.open("wb") as file:
+        for tensor in tensors:
+            array = onnx.numpy_helper.to_array(tensor)
+            if array.size == 1 or array.dtype == np.int64:
+                continue
+            data = array.tobytes()
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            places[tensor.name] = External(path.name, file.tell(), len(data))
+            file.write(data)
+    return places
+
+
+def refer(tensor: TensorProto, place: External) -> None:
+    """Have ``tensor`` say where its bytes lie instead of holding them."""
+    for field in ("raw_data", "float_data", "int32_data", "int64_data"):
+        tensor.ClearField(field)
+    tensor.data_location = TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def require_one_file(parent: dict, artifact: str) -> None:

@@ -74,13 +74,15 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
     )
 
 
-def static_int8(model: onnx_format.ModelProto, feeds: Feeds, settings: OnnxInt8Settings) -> tuple[onnx_format.ModelProto, Scheme]:
-    """The graph in which every layer is int8, and what was done to it. ``model`` is left as it was."""
+def static_int8(
+    model: onnx_format.ModelProto, feeds: Feeds, settings: OnnxInt8Settings, embedding: bool = True
+) -> tuple[onnx_format.ModelProto, Scheme]:
+    """The graph in which every layer, and ``embedding`` too, is int8, and what was done to it. ``model`` is left as it was."""
     layers = linear_layers(model)
     inputs = list(dict.fromkeys(layers.values()))  # gate and up read the same tensor
     ranges = activation_ranges(model, inputs, feeds, settings.calibrator)
     two_step = two_step_layers(layers, ranges, settings.two_step_crest)
-    scheme = Scheme(ranges, two_step, reduce_range=settings.reduce_range, per_channel=settings.per_channel)
+    scheme = Scheme(ranges, two_step, reduce_range=settings.reduce_range, per_channel=settings.per_channel, embedding=embedding)
     copy = onnx_format.ModelProto()
     copy.CopyFrom(model)
     quantised = quantise(copy, scheme)

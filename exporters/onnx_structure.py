@@ -42,7 +42,7 @@ def structure_of(path: Path) -> Structure:
         options.log_severity_level = WARNINGS_OFF
         options.optimized_model_filepath = str(optimised)
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(optimised).graph
+        graph = onnx.load(optimised, load_external_data=False).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     weights = {name for name, tensor in constants.items() if len(tensor.dims) >= 2}
     float_weights = {name for name in weights if constants[name].data_type in FLOATS}
@@ -63,13 +63,13 @@ def structure_of(path: Path) -> Structure:
 def require_int8(structure: Structure, linear_layers: int, artifact: str) -> None:
     """GateError, naming the node, unless every linear layer and the embedding run as int8."""
     require_no_float(structure, artifact)
-    _require_count(structure.int8_linear, linear_layers, "int8", artifact)
+    require_count(structure.int8_linear, linear_layers, "int8", artifact)
 
 
 def require_blocks(structure: Structure, linear_layers: int, artifact: str) -> None:
     """GateError, naming the node, unless every linear layer runs from blocks of few bits, and no embedding is float."""
     require_no_float(structure, artifact)
-    _require_count(structure.block_linear, linear_layers, "weight-only", artifact)
+    require_count(structure.block_linear, linear_layers, "weight-only", artifact)
 
 
 def require_no_float(structure: Structure, artifact: str) -> None:
@@ -84,7 +84,8 @@ def require_no_float(structure: Structure, artifact: str) -> None:
             raise GateError(f"{artifact}: {len(names)} {fault}, limit 0, after ONNX Runtime's optimisation; first: {names[0]}")
 
 
-def _require_count(names: tuple[str, ...], expected: int, kind: str, artifact: str) -> None:
+def require_count(names: tuple[str, ...], expected: int, kind: str, artifact: str) -> None:
+    """GateError, naming those found, unless as many linear layers as ``expected`` are of ``kind``."""
     if len(names) != expected:
         found = f"{len(names)} {kind} linear layers, expected {expected}"
         raise GateError(f"{artifact}: {found}, after ONNX Runtime's optimisation; found: {', '.join(names)}")

@@ -129,9 +129,9 @@ def describe(structure: Structure, matrices: dict[str, Blocks], shared: dict[str
     """Coverage as found on the optimised graph, and bits per weight: all bytes of the matrices over their numbers."""
     return {
         "linear_layers": len(structure.block_linear),
-        "bits_per_weight": _bits_per_weight(list(matrices.values())),
+        "bits_per_weight": bits_per_weight(list(matrices.values())),
         "matrices": [
-            {"name": name, "bits": blocks.layout.bits, "block": blocks.layout.block, "bits_per_weight": _bits_per_weight([blocks])}
+            {"name": name, "bits": blocks.layout.bits, "block": blocks.layout.block, "bits_per_weight": bits_per_weight([blocks])}
             for name, blocks in matrices.items()
         ],
         "embedding_float": bool(structure.float_embeddings),
@@ -147,7 +147,8 @@ def stored(blocks: Blocks) -> dict[str, np.ndarray]:
     return arrays if blocks.layout.symmetric else arrays | {"zeros": packed(blocks.zeros, blocks.layout.bits)}
 
 
-def _bits_per_weight(matrices: list[Blocks]) -> float:
+def bits_per_weight(matrices: list[Blocks]) -> float:
+    """All stored bits of the matrices over their numbers."""
     held = sum(array.nbytes for blocks in matrices for array in stored(blocks).values())
     return 8 * held / sum(blocks.inputs * len(blocks.codes) for blocks in matrices)
 

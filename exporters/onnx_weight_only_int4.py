@@ -11,7 +11,11 @@ NAME = "onnx_weight_only_int4"
 
 def run(settings: OnnxWeightOnlyInt4Settings, out: Path, onnx: Path, text: Path) -> None:
     """Write onnx_weight_only_int4.onnx and its sidecar. GateError unless every matrix runs from its blocks."""
+    write_artifact(Variant(NAME, *layouts(settings), settings), out, onnx, text)
+
+
+def layouts(settings: OnnxWeightOnlyInt4Settings) -> tuple[Layout, Layout]:
+    """That of linear layers and that of the embedding."""
     linear = Layout(bits=4, block=settings.block, symmetric=False)
     wide = Layout(bits=8, block=OnnxWeightOnlyInt8Settings().block, symmetric=True)  # 8 bits need no small blocks
-    embedding = linear if settings.embedding_bits == 4 else wide
-    write_artifact(Variant(NAME, linear, embedding, settings), out, onnx, text)
+    return linear, linear if settings.embedding_bits == 4 else wide

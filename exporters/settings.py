@@ -80,6 +80,29 @@ class OnnxWeightOnlyInt4Settings(OnnxWeightOnlySettings):
     embedding_bits: Literal[4, 8] = Field(8, description="bits of the embedding and of a head that is tied to it")
 
 
+class OnnxHybridSettings(StageSettings):
+    """Static int8 for prompts and weight-only for single tokens, as two graphs over one file of weights."""
+
+    calibrator: Literal["minmax", "percentile", "entropy", "mse"] = Field("minmax", description="how the prompt graph's ranges are chosen")
+    windows: int = Field(64, ge=1, description="calibration windows")
+    decode_steps: int = Field(8, ge=1, description="decode steps with real cache fed per window")
+    two_step_crest: float | None = Field(
+        40.0, gt=0, description="prompt inputs wider than this many standard deviations are quantised as value and remainder; none: never"
+    )
+    reduce_range: bool = Field(False, description="7-bit weights, for x86 machines without VNNI")
+
+
+class OnnxHybridInt8Settings(OnnxHybridSettings):
+    """Both graphs with the same 8-bit numbers."""
+
+    rounding: Literal["nearest", "compensated"] = Field("compensated", description="how weights are rounded, as for static int8")
+    block: Literal[32, 64, 128, 256] = Field(128, description="weights that the decode graph reads at once; each output has one scale")
+
+
+class OnnxHybridInt4Settings(OnnxHybridSettings, OnnxWeightOnlyInt4Settings):
+    """4 bits per weight; the prompt graph has the same numbers as int8."""
+
+
 class TfliteSettings(StageSettings):
     """PyTorch to TFLite, fp32, signatures prefill and decode."""
 

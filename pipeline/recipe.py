@@ -10,6 +10,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from exporters.settings import (
     OnnxDynamicInt8Settings,
+    OnnxHybridInt4Settings,
+    OnnxHybridInt8Settings,
     OnnxInt8Settings,
     OnnxSettings,
     OnnxWeightOnlyInt4Settings,
@@ -40,6 +42,8 @@ class Gates(StageSettings):
     onnx_dynamic_int8: Gate = Gate()
     onnx_weight_only_int8: Gate = Gate()
     onnx_weight_only_int4: Gate = Gate()
+    onnx_hybrid_int8: Gate = Gate()
+    onnx_hybrid_int4: Gate = Gate()
     tflite_fp32: Gate = Gate()
     tflite_static_int8: Gate = Gate()
     tflite_dynamic_int8: Gate = Gate()
@@ -69,6 +73,8 @@ class Recipe(StageSettings):
     onnx_dynamic_int8: OnnxDynamicInt8Settings = OnnxDynamicInt8Settings()
     onnx_weight_only_int8: OnnxWeightOnlyInt8Settings = OnnxWeightOnlyInt8Settings()
     onnx_weight_only_int4: OnnxWeightOnlyInt4Settings = OnnxWeightOnlyInt4Settings()
+    onnx_hybrid_int8: OnnxHybridInt8Settings = OnnxHybridInt8Settings()
+    onnx_hybrid_int4: OnnxHybridInt4Settings = OnnxHybridInt4Settings()
     tflite: TfliteSettings = TfliteSettings()
     tflite_int8: TfliteInt8Settings = TfliteInt8Settings()
     tflite_dynamic_int8: TfliteDynamicInt8Settings = TfliteDynamicInt8Settings()

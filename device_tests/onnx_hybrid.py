@@ -1,0 +1,112 @@
+"""A hybrid ONNX artifact: prompts through a static int8 graph, single tokens through a weight-only one, over one cache.
+
+The prompt graph holds no matrices: they are the decode graph's numbers in another order, made here when the artifact is opened. The
+file of weights is mapped, not read: its pages belong to the system, which can drop and read them again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from device_tests.artifact import Artifact, Interface, Matrix, Prompt
+from device_tests.onnx_session import OnnxSession, cache_names
+
+SHORT_PROMPT_TOKENS = 8  # up to here the decode graph reads its weights once for all of them, and is as fast
+PROBE_TOKENS = 4
+CHUNK_TOKENS = 256  # the prompt graph's activations stay this small however long the prompt is
+
+
+class HybridSession(OnnxSession):
+    """An ``OnnxSession`` of the decode graph whose prompts go through the prompt graph."""
+
+    def __init__(self, artifact: Artifact, session, prompt_session, ort) -> None:
+        super().__init__(artifact, session, ort)
+        self._prompt_session = prompt_session
+        self._prompt_binding = prompt_session.io_binding()
+        self._bind_caches(self._prompt_binding)
+        self.kept: tuple = ()  # what the prompt session reads and does not own
+
+    def prefill(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits ``[vocab]`` after the last of ``tokens`` int ``[n]``, which alone goes through the decode graph."""
+        ids = self._checked(tokens)
+        if ids.size <= SHORT_PROMPT_TOKENS:
+            return super().prefill(ids)
+        for start in range(0, ids.size - 1, CHUNK_TOKENS):
+            chunk = np.ascontiguousarray(ids[None, start : min(start + CHUNK_TOKENS, ids.size - 1)])  # [1, n]
+            self._prompt_binding.bind_input("input_ids", "cpu", 0, np.int64, chunk.shape, chunk.ctypes.data)
+            self._run_bound(self._prompt_session, self._prompt_binding, chunk.shape[1])
+        return self.step(ids[-1]).copy()
+
+
+def given_matrices(prompt: Prompt) -> dict[str, np.ndarray]:
+    """int8 ``[inputs, outputs]`` for every matrix of the prompt graph, by name."""
+    data = np.memmap(prompt.data, np.uint8, "r")
+    return {matrix.name: as_int8(data, matrix) for matrix in prompt.weights}
+
+
+def as_int8(data: np.ndarray, matrix: Matrix) -> np.ndarray:
+    """One matrix out of the bytes ``data`` of the file of weights, as `exporters.onnx_hybrid` describes it."""
+    shape = (matrix.outputs, matrix.blocks)
+    bytes_per_block = matrix.block * matrix.bits // 8
+    codes = _part(data, matrix.offsets["codes"], matrix.outputs * matrix.blocks * bytes_per_block, np.uint8)
+    if "row_scale" not in matrix.offsets:
+        signed = codes.reshape(matrix.outputs, -1)[:, : matrix.inputs] ^ np.uint8(128)  # less 128, as bytes
+        return np.ascontiguousarray(signed.T).view(np.int8)
+    codes = codes.reshape(*shape, bytes_per_block)
+    if matrix.bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1)
+    codes = codes.reshape(*shape, matrix.block).astype(np.float32)
+    zeros = np.float32(1 << (matrix.bits - 1))
+    if "zeros" in matrix.offsets:
+        zeros = _zeros(data, matrix)[..., None].astype(np.float32)
+    scales = _part(data, matrix.offsets["scales"], 4 * matrix.outputs * matrix.blocks, np.float32).reshape(*shape, 1)
+    row_scale = _part(data, matrix.offsets["row_scale"], 4 * matrix.outputs, np.float32)
+    values = ((codes - zeros) * scales).reshape(matrix.outputs, -1)[:, : matrix.inputs]
+    return np.ascontiguousarray(np.rint(values / row_scale[:, None]).astype(np.int8).T)
+
+
+def open_hybrid(artifact: Artifact, open_graph, ort) -> HybridSession:
+    """Open both graphs with ``open_graph(path, given)``. The prompt graph first: what it was made of is gone before the other loads."""
+    matrices = given_matrices(artifact.prompt)
+    given = {name: ort.OrtValue.ortvalue_from_numpy(matrix) for name, matrix in matrices.items()}  # shares the memory of the array
+    prompt_session = open_graph(artifact.prompt.path, given)
+    if reads_its_own(prompt_session, matrices, artifact.interface):
+        given, matrices = {}, {}
+    else:
+        for name, matrix in given_matrices(artifact.prompt).items():
+            matrices[name][:] = matrix
+    session = HybridSession(artifact, open_graph(artifact.path, {}), prompt_session, ort)
+    session.kept = given, matrices
+    return session
+
+
+def reads_its_own(prompt_session, matrices: dict[str, np.ndarray], interface: Interface) -> bool:
+    """Whether the session has packed the matrices into memory of its own: then it does not see that they are zero from here on.
+
+    It says nothing of that itself, and where a processor has no packed kernel it goes on reading ours.
+    """
+    before = _probe(prompt_session, interface)
+    for matrix in matrices.values():
+        matrix.fill(0)
+    return all(np.array_equal(*pair) for pair in zip(before, _probe(prompt_session, interface), strict=True))
+
+
+def _probe(prompt_session, interface: Interface) -> list[np.ndarray]:
+    """Keys and values of a few tokens."""
+    past = np.zeros((1, interface.kv_heads, 0, interface.head_dim), np.float32)
+    ids = np.arange(PROBE_TOKENS, dtype=np.int64)[None] % interface.vocab_size
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), **{f"past_key_values.{name}": past for name in cache_names(interface)}}
+    return prompt_session.run(None, feeds)
+
+
+def _zeros(data: np.ndarray, matrix: Matrix) -> np.ndarray:
+    """uint8 ``[outputs, blocks]``; two to a byte with 4 bits."""
+    per_row = -(-matrix.blocks * matrix.bits // 8)
+    zeros = _part(data, matrix.offsets["zeros"], matrix.outputs * per_row, np.uint8).reshape(matrix.outputs, per_row)
+    if matrix.bits == 4:
+        zeros = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(matrix.outputs, -1)
+    return zeros[:, : matrix.blocks]
+
+
+def _part(data: np.ndarray, offset: int, count: int, kind: type) -> np.ndarray:
+    return data[offset : offset + count].view(kind)
