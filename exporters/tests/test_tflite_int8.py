@@ -12,7 +12,7 @@ from ai_edge_quantizer import qtyping, quantizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import VOCABULARY, write_checkpoint
+from conftest import VOCABULARY, tiny_model, tiny_tokenizer, write_checkpoint
 from exporters import tflite_export, tflite_int8
 from exporters.settings import TfliteInt8Settings, TfliteSettings
 from exporters.tflite_calibration import RowSample, calibrate
@@ -52,6 +52,22 @@ def int8_folder(float_folder, text_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tflite_int8")
     tflite_int8.run(SETTINGS, folder, tflite=float_folder, text=text_folder)
     return folder
+
+
+def qwen3() -> torch.nn.Module:
+    return tiny_model("qwen3")
+
+
+def constant_norm() -> torch.nn.Module:
+    """A norm whose scale vanishes beside its offset gives one number everywhere; a scale of 0 the converter would fold away."""
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].ln_2.weight.fill_(1e-20)
+        model.transformer.h[1].ln_2.bias.fill_(-2.5)
+    return model
+
+
+LINEAR_LAYERS = {qwen3: 15, constant_norm: 9}  # of two decoder layers and the head
 
 
 def run_litert(path: Path, feeds: Feeds) -> np.ndarray:
@@ -152,6 +168,25 @@ def test_int8_is_near_the_float_file(int8_folder, float_folder):
     logits = run_litert(int8_folder / "tflite_static_int8.tflite", feeds)
     found = agreement(logits, run_litert(float_folder / "tflite_fp32.tflite", feeds))
     assert found.top1 > 0.6 and 0 < found.kl < 0.05
+
+
+@pytest.mark.parametrize("make", [qwen3, constant_norm], ids=lambda make: make.__name__)
+def test_norms_inside_heads_and_an_activation_of_equal_values(make, text_folder, tmp_path):
+    """The float file is the reference, and every linear layer of both files is counted operator by operator."""
+    make().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    tflite_export.run(TfliteSettings(prefill_tokens=12, context_tokens=48), tmp_path, model=tmp_path / "model", text=text_folder)
+    tflite_int8.run(SETTINGS, tmp_path, tflite=tmp_path, text=text_folder)
+    measured = json.loads((tmp_path / "tflite_static_int8.json").read_text())["measured"]
+    graph = operators(read_model(tmp_path / "tflite_fp32.tflite"))
+    linear = [op for op in graph if op.name == "FULLY_CONNECTED" and op.signature == "decode"]
+    assert len(linear) == LINEAR_LAYERS[make] and measured["coverage"]["embedding_int8"]
+    assert measured["coverage"]["int8_linear_layers"] == measured["coverage"]["linear_layers"] >= len(linear)
+    assert set(measured["agreement_with_parent"]) == {"litert", "tflite"}
+    feeds = random_feeds()
+    logits = run_litert(tmp_path / "tflite_static_int8.tflite", feeds)
+    found = agreement(logits, run_litert(tmp_path / "tflite_fp32.tflite", feeds))
+    assert found.top1 > 0.6 and 0 < found.kl < 0.05, found
 
 
 def test_a_static_head_and_a_dynamic_layer(float_folder, text_folder, tmp_path):
