@@ -149,10 +149,10 @@ def test_folder_reloads_with_the_values_that_the_record_counts(family, checkpoin
     assert zeros[0] == zeros[1] > 0
 
 
-def test_groups_of_output_rows_have_their_own_centroids(tmp_path, checkpoints):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_of_output_rows_have_their_own_centroids(family, checkpoints):
     """GPT-2 stores its weights transposed: rows are outputs all the same."""
-    model = load_model(checkpoints["gpt2"])
-    whole, grouped = load_model(checkpoints["gpt2"]), load_model(checkpoints["gpt2"])
+    model, whole, grouped = (load_model(checkpoints[family]) for _ in range(3))
     cluster.cluster(whole, ClusterSettings(centroids=4))
     cluster.cluster(grouped, ClusterSettings(centroids=4, group_rows=16))
     for name, module in linear_layers(grouped).items():
