@@ -54,7 +54,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One exported model file: ``format`` is onnx or tflite, ``sha256`` that of the model file."""
+    """One exported model: ``format`` is onnx or tflite, ``sha256`` that of its file, or of all its files' digests where it has several."""
 
     name: str
     format: str
@@ -85,9 +85,10 @@ def read_artifact(sidecar: Path) -> Artifact:
         raise DeviceTestError(f"{sidecar}: {main} is not among its files; export the artifact again")
     for path, sha256, size in named:
         _check_file(sidecar.parent, path, sha256, size)
-    digests = {path: sha256 for path, sha256, _ in named}
-    prompt = _prompt(record, sidecar, set(digests))
-    return Artifact(name, form, sidecar.parent / main, digests[main], sum(size for _, _, size in named), interface, prompt)
+    digests = [sha256 for _, sha256, _ in named]
+    identity = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    prompt = _prompt(record, sidecar, {path for path, _, _ in named})
+    return Artifact(name, form, sidecar.parent / main, identity, sum(size for _, _, size in named), interface, prompt)
 
 
 def read_json(path: Path, what: str) -> dict:

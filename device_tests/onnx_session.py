@@ -6,6 +6,7 @@ neither the cache nor, but for one row after a prompt, the logits.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ class OnnxSession:
         self.interface: Interface = artifact.interface
         self.position = 0
         self.notes: list[str] = []
+        self.runtime_s = 0.0  # spent inside the runtime's calls
         self._name = artifact.name
         self._session = session
         self._binding = session.io_binding()
@@ -61,9 +63,25 @@ class OnnxSession:
             self._step_bound = True
         return self._step_logits[0, 0]
 
+    def score(self, tokens: np.ndarray) -> np.ndarray:
+        """Append int ``[n]`` tokens; logits ``[n, vocab]`` after each of them."""
+        ids = self._checked(tokens)
+        self._step_bound = False
+        logits = np.empty((1, ids.size, self.interface.vocab_size), dtype=np.float32)
+        self._run(np.ascontiguousarray(ids[None]), logits)
+        return logits[0]
+
     def reset(self) -> None:
-        """Forget the cache: what lies beyond the mask is never read."""
-        self.position = 0
+        """Forget the cache."""
+        self.rewind(0)
+
+    def rewind(self, position: int) -> None:
+        """Hold the first ``position`` tokens only: what lies beyond the mask is never read."""
+        self.position = position
+
+    def caches(self) -> dict[str, np.ndarray]:
+        """The buffers ``[1, kv_heads, context, head_dim]`` of keys and values, by name."""
+        return {name: cache for name, (cache, _) in self._caches.items()}
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         """``tokens`` int ``[n]`` as int64. DeviceTestError where they do not fit the vocabulary or the context."""
@@ -85,10 +103,12 @@ class OnnxSession:
     def _run_bound(self, session, binding, new_tokens: int) -> None:
         length = self.position + new_tokens
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, length), self._ones.ctypes.data)
+        start = time.perf_counter()
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # every error of the runtime is a class of its own below Exception
             raise ArtifactFailure(f"onnxruntime could not run {self._name} at token {self.position}: {error}") from error
+        self.runtime_s += time.perf_counter() - start
         self.position = length
 
 

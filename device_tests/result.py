@@ -49,6 +49,7 @@ class DeviceRecord:
     decode_ms: list[float] = field(default_factory=list)
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
+    host_us_per_token: float | None = None
     baseline_rss_mb: float | None = None
     load_rss_mb: float | None = None
     peak_rss_mb: float | None = None
@@ -102,6 +103,7 @@ def timing_fields(timing: Timing) -> dict[str, Any]:
         "decode_ms_p90": p90,
         "decode_ms_p99": p99,
         "decode_tokens_per_s": timing.decode_tokens_per_s,
+        "host_us_per_token": timing.host_us_per_token,
         "baseline_rss_mb": timing.baseline_rss_mb,
         "load_rss_mb": timing.load_rss_mb,
         "peak_rss_mb": timing.peak_rss_mb,

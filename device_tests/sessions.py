@@ -25,7 +25,10 @@ RUNTIMES = {
 
 
 class Session(Protocol):
-    """A model with its KV cache. ``position`` counts the tokens that the cache holds; ``notes`` is what a reader must know."""
+    """A model with its KV cache. ``position`` counts the tokens that the cache holds; ``notes`` is what a reader must know.
+
+    ONNX sessions also have ``score(tokens)``: logits float32 ``[n, vocab]`` after each of int ``[n]`` tokens.
+    """
 
     interface: Interface
     position: int
@@ -39,6 +42,12 @@ class Session(Protocol):
 
     def reset(self) -> None:
         """Forget the cache."""
+
+    def rewind(self, position: int) -> None:
+        """Hold the first ``position`` tokens only, which may be more than before where a caller has filled the cache itself."""
+
+    def caches(self) -> dict[str, np.ndarray]:
+        """The buffers ``[1, kv_heads, context, head_dim]`` of keys and values, by name: not copies."""
 
 
 def open_session(sidecar: Path, runtime: str, threads: int = 1) -> Session:

@@ -8,6 +8,8 @@ Mask, caches and logits are float32 or int8, as the file says. An int8 cache tak
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from device_tests.artifact import Artifact, Interface
@@ -25,6 +27,7 @@ class TfliteSession:
         self.interface: Interface = artifact.interface
         self.position = 0
         self.notes: list[str] = []
+        self.runtime_s = 0.0  # spent inside the runtime's calls, which copy the caches in and the new slices out
         self._name = artifact.name
         self._interpreter = interpreter  # runners hold no reference that keeps it alive in every version
         self._prefill = interpreter.get_signature_runner("prefill")
@@ -74,17 +77,27 @@ class TfliteSession:
         return self._run("decode", {"tokens": tokens, "positions": positions, "mask": self._step_mask}, 1)
 
     def reset(self) -> None:
-        """Forget the cache. Zeros, because a hidden slot still weighs exp(-30) and old keys could be large."""
-        self.position = 0
+        """Forget the cache."""
+        self.rewind(0)
+
+    def rewind(self, position: int) -> None:
+        """Hold the first ``position`` tokens only. Zeros behind, because a hidden slot still weighs exp(-30) and keys could be large."""
+        self.position = position
         for name, cache in self._caches.items():
-            cache.fill(self._empty[name])
+            cache[:, :, position:] = self._empty[name]
+
+    def caches(self) -> dict[str, np.ndarray]:
+        """The buffers ``[1, kv_heads, context, head_dim]`` of keys and values, by name."""
+        return self._caches
 
     def _run(self, signature: str, feeds: dict, new_tokens: int) -> np.ndarray:
         runner = self._prefill if signature == "prefill" else self._decode
+        start = time.perf_counter()
         try:
             results = runner(**feeds, **self._caches)
         except (RuntimeError, ValueError) as error:
             raise ArtifactFailure(f"{self._name} could not be run at token {self.position}: {error}") from error
+        self.runtime_s += time.perf_counter() - start
         for name, cache in self._caches.items():
             cache[:, :, self.position : self.position + new_tokens] = results[f"new_{name}"][:, :, :new_tokens]
         self.position += new_tokens

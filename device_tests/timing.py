@@ -39,7 +39,9 @@ class PromptTiming:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds and MB (10^6 bytes). ``decode_ms`` are single tokens: one step and the choice of the next token.
+    """Milliseconds and MB (10^6 bytes). ``decode_ms`` are single tokens: one step and the choice of the next token;
+    ``host_us_per_token``, microseconds, is the median of what is left of them without the call of the runtime, None where a session
+    does not count its calls.
 
     ``first`` is the prompt that decoding goes on from; ``prompts`` are all that were timed, it among them, shortest first.
     Memory is VmHWM: ``baseline`` with interpreter, numpy and runtime imported, ``load`` once the model is open, ``peak`` after
@@ -50,6 +52,7 @@ class Timing:
     first: PromptTiming
     prompts: list[PromptTiming]
     decode_ms: list[float]
+    host_us_per_token: float | None
     baseline_rss_mb: float | None
     load_rss_mb: float | None
     peak_rss_mb: float | None
@@ -86,7 +89,7 @@ def measure(load: Callable[[], Session], prompt: np.ndarray, decode_tokens: int,
     longest = session.interface.context_tokens - 1  # room for one token at least
     prompt = prompt[:longest]
     first = _time_prompts(session, prompt)
-    decode_ms = _time_decode(session, prompt, decode_tokens)
+    decode_ms, host_ms = _time_decode(session, prompt, decode_tokens)
     conditions["during"] = condition()
     # The other lengths come last: a long one would raise the peak that decoding is told to have.
     others = sorted(length for length in set(lengths) if length != len(prompt) and length <= longest)
@@ -97,6 +100,7 @@ def measure(load: Callable[[], Session], prompt: np.ndarray, decode_tokens: int,
         first=first,
         prompts=sorted(prompts, key=lambda timed: timed.tokens),
         decode_ms=decode_ms,
+        host_us_per_token=float(np.median(host_ms)) * 1000 if host_ms else None,
         baseline_rss_mb=baseline,
         load_rss_mb=load_rss,
         peak_rss_mb=peak,
@@ -121,8 +125,10 @@ def _time_prompt(session: Session, prompt: np.ndarray) -> float:
     return elapsed
 
 
-def _time_decode(session: Session, prompt: np.ndarray, decode_tokens: int) -> list[float]:
+def _time_decode(session: Session, prompt: np.ndarray, decode_tokens: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of each token, and of those what the runtime did not take."""
     samples: list[float] = []
+    host: list[float] = []
     skip = WARM_UP_TOKENS
     while len(samples) < decode_tokens:
         session.reset()
@@ -131,14 +137,17 @@ def _time_decode(session: Session, prompt: np.ndarray, decode_tokens: int) -> li
         if room <= skip:  # a context this short is warm from the prompts alone
             skip = 0
         for _ in range(min(room, skip + decode_tokens - len(samples))):
+            before = getattr(session, "runtime_s", None)
             start = time.perf_counter()
             logits = session.step(token)
             token = int(logits.argmax())
             samples.append((time.perf_counter() - start) * 1000)
+            if before is not None:
+                host.append(samples[-1] - (session.runtime_s - before) * 1000)
         _refuse_broken(logits, session.position - 1)
-        del samples[:skip]
+        del samples[:skip], host[:skip]
         skip = 0
-    return samples
+    return samples, host
 
 
 def _refuse_broken(logits: np.ndarray, position: int) -> None:

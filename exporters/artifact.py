@@ -14,10 +14,15 @@ from models.settings import StageSettings
 
 def checkpoint_sha256(folder: Path) -> str:
     """Identity of a Hugging Face folder's weights: the file's SHA-256, or for shards that of their digests in name order."""
-    shards = sorted(folder.glob("*.safetensors"))
-    if len(shards) == 1:
-        return sha256_of(shards[0])
-    return hashlib.sha256("".join(sha256_of(shard) for shard in shards).encode()).hexdigest()
+    return combined_sha256([sha256_of(shard) for shard in sorted(folder.glob("*.safetensors"))])
+
+
+def combined_sha256(digests: list[str]) -> str:
+    """One digest of several files: that of a single one is its own, else the SHA-256 of theirs one after the other.
+
+    A graph whose weights lie in another file does not say by its own bytes which model it is.
+    """
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def read_sidecar(path: Path) -> dict:
@@ -53,7 +58,7 @@ def write_sidecar(
         "format": format,
         "file": described[0]["path"],
         "files": described,
-        "sha256": described[0]["sha256"],
+        "sha256": combined_sha256([file["sha256"] for file in described]),
         "bytes": sum(file["bytes"] for file in described),
         "bytes_read_per_token": bytes_read_per_token(files[0], format),
         **({"runtimes": list(runtimes)} if runtimes is not None else {}),

@@ -2,27 +2,36 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from device_tests import prompt_cache
+from device_tests.artifact import read_artifact
 from device_tests.errors import ArtifactFailure, DeviceTestError
-from device_tests.sessions import Session, open_session
+from device_tests.sampling import Sampling, next_token
+from device_tests.sessions import Session, import_runtime, open_artifact, open_session
+from device_tests.speculative import Speculator
 from device_tests.timing import peak_rss_mb
 from models.errors import GateError, UserError
 from pipeline.manifest import Artifact, Manifest
 from pipeline.verify import bundle_folder
 
 RUNTIMES = {"onnx": ("onnxruntime", "onnx"), "litert": ("litert", "tflite"), "tflite": ("tflite", "tflite")}
+ANSWER_TOKENS = 64  # the length of answer by which artifacts are compared
 UNFINISHED = "\ufffd"  # what a decoder writes for the bytes of a character that is not whole yet
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How text is drawn. ``temperature`` 0 takes the most likely token; ``top_k`` 0 and ``top_p`` 1 cut nothing off."""
+    """How text is drawn. ``temperature`` 0 takes the most likely token; ``top_k`` 0 and ``top_p`` 1 cut nothing off.
+
+    ``prompt_cache``: a file that keeps what was computed for the prompt. ``draft``: a bundle of a pruned sibling that goes ``ahead``
+    by so many tokens.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -32,11 +41,21 @@ class GenerateOptions:
     threads: int = 1
     artifact: str | None = None
     echo: bool = False  # write the prompt before what follows it
+    prompt_cache: Path | None = None
+    draft: Path | None = None
+    ahead: int = 4
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a run gave and cost. ``ended`` says why it stopped; speeds are None where nothing was timed."""
+    """What a run gave and cost. ``ended`` says why it stopped; speeds are None where nothing was timed.
+
+    ``reused_tokens`` of the prompt came from its cache; of ``drafted_tokens`` the model took ``accepted_tokens``.
+    """
 
     text: str
     artifact: str
@@ -46,6 +65,27 @@ class Generated:
     decode_tokens_per_s: float | None
     peak_rss_mb: float | None
     ended: str
+    reused_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class OneByOne:
+    """Chooses each token from the logits of one session."""
+
+    def __init__(self, session: Session, options: GenerateOptions) -> None:
+        self._session, self._sampling, self._generator = session, options.sampling, np.random.default_rng(options.seed)
+
+    def first(self, ids: np.ndarray) -> int:
+        """The token after the prompt, of which the session may hold the beginning."""
+        return self._chosen(self._session.prefill(ids[self._session.position :]))
+
+    def next(self, token: int) -> int:
+        """The token after ``token``."""
+        return self._chosen(self._session.step(token))
+
+    def _chosen(self, logits: np.ndarray) -> int:
+        return next_token(logits, self._sampling, self._generator)
 
 
 def generate(bundle: Path, runtime: str, prompt: str, options: GenerateOptions, out: TextIO | None = None) -> Generated:
@@ -60,10 +100,20 @@ def generate(bundle: Path, runtime: str, prompt: str, options: GenerateOptions, 
         tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer.file))
         ids = prompt_ids(tokenizer, prompt, artifact)
         try:
-            session = open_session(folder / artifact.sidecar, RUNTIMES[runtime][0], options.threads)
+            import_runtime(RUNTIMES[runtime][0])
+            exported = read_artifact(folder / artifact.sidecar)
+            session = open_artifact(exported, RUNTIMES[runtime][0], options.threads)
+            reused = prompt_cache.load(options.prompt_cache, session, exported, np.array(ids)) if options.prompt_cache else 0
+            chooser = OneByOne(session, options)
+            if options.draft:
+                chooser = Speculator(session, draft_session(options, runtime, folder / manifest.tokenizer.file), options.ahead)
             sink = out or sys.stdout
             sink.write(prompt if options.echo else "")
-            return stream(session, artifact, ids, TextStream(tokenizer, ids), options, sink)
+            made = stream(chooser, artifact, ids, TextStream(tokenizer, ids), options, sink)
+            if options.prompt_cache and session.position >= len(ids):
+                prompt_cache.save(options.prompt_cache, session, exported, np.array(ids))
+            drafted, accepted = (chooser.proposed, chooser.accepted) if isinstance(chooser, Speculator) else (0, 0)
+            return replace(made, reused_tokens=reused, drafted_tokens=drafted, accepted_tokens=accepted)
         except DeviceTestError as error:
             raise UserError(str(error)) from error
         except ArtifactFailure as error:
@@ -81,25 +131,45 @@ def check_options(runtime: str, options: GenerateOptions) -> None:
         "--top-p": (0 < options.top_p <= 1, "more than 0 and at most 1"),
         "--seed": (options.seed >= 0, "0 or more"),
         "--threads": (options.threads >= 1, "1 or more"),
+        "--ahead": (options.ahead >= 1, "1 or more"),
     }
     for name, (holds, allowed) in limits.items():
         if not holds:
             raise UserError(f"{name} {getattr(options, name[2:].replace('-', '_'))}: give {allowed}")
+    if options.draft and options.temperature > 0:
+        raise UserError(f"--draft goes with greedy text only, and --temperature is {options.temperature:g}; leave one of the two out")
+
+
+def draft_session(options: GenerateOptions, runtime: str, tokenizer_file: Path) -> Session:
+    """The draft's session. UserError unless its bundle has the very same tokenizer."""
+    with bundle_folder(options.draft) as (folder, manifest):
+        if (folder / manifest.tokenizer.file).read_bytes() != tokenizer_file.read_bytes():
+            raise UserError(f"--draft {options.draft}: its tokenizer is another one; give a bundle of a pruned sibling of the same model")
+        artifact = chosen_artifact(manifest, runtime, None)
+        return open_session(folder / artifact.sidecar, RUNTIMES[runtime][0], options.threads)
 
 
 def chosen_artifact(manifest: Manifest, runtime: str, name: str | None) -> Artifact:
-    """The artifact called ``name``, else the smallest one that ``runtime`` opens (the int8 one)."""
+    """The artifact called ``name``, else the one that ``runtime`` answers with soonest, as it was measured when the bundle was made."""
     ours = RUNTIMES[runtime][0]
     fitting = [artifact for artifact in manifest.artifacts if ours in [device.runtime for device in artifact.runtimes]]
     if not fitting:
         raise UserError(f"this bundle has nothing for --runtime {runtime}; give another runtime")
     if name is None:
-        return min(fitting, key=lambda artifact: artifact.bytes)
+        return min(fitting, key=lambda artifact: (answer_ms(artifact, ours), artifact.bytes))
     for artifact in fitting:
         if artifact.name == name:
             return artifact
     names = ", ".join(artifact.name for artifact in fitting)
     raise UserError(f"--artifact {name}: --runtime {runtime} opens {names}; give one of them")
+
+
+def answer_ms(artifact: Artifact, runtime: str) -> float:
+    """Milliseconds of an answer of ``ANSWER_TOKENS``, on the first device that timed it; infinite where none did."""
+    for device in artifact.runtimes:
+        if device.runtime == runtime and device.first_token_ms and device.decode_tokens_per_s:
+            return device.first_token_ms + 1000 * ANSWER_TOKENS / device.decode_tokens_per_s
+    return float("inf")
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, artifact: Artifact) -> list[int]:
@@ -149,30 +219,28 @@ class TextStream:
 
 
 def stream(
-    session: Session, artifact: Artifact, ids: list[int], text: TextStream, options: GenerateOptions, out: TextIO
+    chooser: OneByOne | Speculator, artifact: Artifact, ids: list[int], text: TextStream, options: GenerateOptions, out: TextIO
 ) -> Generated:  # fmt: skip
     """Prompt, then token by token until the end of text, the limit, the end of the context, or Ctrl-C."""
-    generator = np.random.default_rng(options.seed)
     pieces, new_tokens, ended = [], 0, "limit of tokens"
     started = first = last = time.perf_counter()
     try:
-        logits = session.prefill(np.array(ids))
+        token = chooser.first(np.array(ids))
         first = last = time.perf_counter()
-        while new_tokens < options.max_tokens:
-            token = next_token(logits, options, generator)
-            if token == artifact.interface.eos_token_id:
-                ended = "end of text"
-                break
+        while token != artifact.interface.eos_token_id:
             new_tokens += 1
             last = time.perf_counter()
             pieces.append(text.push(token))
             out.write(pieces[-1])
             out.flush()
-            if session.position >= artifact.interface.context_tokens:
+            if len(ids) + new_tokens > artifact.interface.context_tokens:
                 ended = "context is full"
                 break
-            if new_tokens < options.max_tokens:
-                logits = session.step(token)
+            if new_tokens == options.max_tokens:
+                break
+            token = chooser.next(token)
+        else:
+            ended = "end of text"
     except KeyboardInterrupt:
         ended = "interrupted"
     pieces.append(text.finish())
@@ -191,29 +259,14 @@ def stream(
     )
 
 
-def next_token(logits: np.ndarray, options: GenerateOptions, generator: np.random.Generator) -> int:
-    """Draw from logits ``[vocab]``: temperature, then the ``top_k`` likeliest, then the fewest that hold ``top_p`` together.
-
-    Nucleus sampling as in Holtzman et al. 2020 (arXiv:1904.09751).
-    """
-    if options.temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / options.temperature
-    order = np.argsort(-scaled, kind="stable")  # stable: equal logits keep the order of their ids on every machine
-    if options.top_k:
-        order = order[: options.top_k]
-    shares = np.exp(scaled[order] - scaled[order[0]])
-    shares /= shares.sum()
-    kept = int(np.searchsorted(np.cumsum(shares), options.top_p)) + 1
-    shares = shares[:kept] / shares[:kept].sum()
-    return int(generator.choice(order[: len(shares)], p=shares))
-
-
 def told(generated: Generated) -> str:
     """One line for stderr at the end."""
     speed = f"{generated.decode_tokens_per_s:.0f} tokens/s" if generated.decode_tokens_per_s else "too short to time"
     memory = f"{generated.peak_rss_mb:.0f} MB at most" if generated.peak_rss_mb else "memory unknown"
+    reused = f", {generated.reused_tokens} of {generated.prompt_tokens} prompt tokens from the cache" if generated.reused_tokens else ""
+    share = generated.accepted_tokens / generated.drafted_tokens if generated.drafted_tokens else 0
+    drafted = f", {share:.0%} of {generated.drafted_tokens} drafted tokens taken" if generated.drafted_tokens else ""
     return (
         f"{generated.artifact}: {generated.new_tokens} tokens, {speed}, first after {generated.first_token_ms:.0f} ms, "
-        f"{memory}; stopped: {generated.ended}"
+        f"{memory}{reused}{drafted}; stopped: {generated.ended}"
     )

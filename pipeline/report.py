@@ -123,6 +123,7 @@ class Device(Entry):
     decode_ms_p99: Measured = None
     prefill_tokens_per_s: Measured = None
     decode_tokens_per_s: Measured = None
+    host_us_per_token: Measured = Field(None, description="microseconds of a decoded token that the runtime's call did not take")
     load_rss_mb: Measured = Field(None, description="VmHWM once the model is open")
     peak_rss_mb: Measured = None
     prompts: list[Prompt] = Field([], description="every prompt length that was timed")

@@ -6,10 +6,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from device_tests.replay import Place, refuse_broken
+from device_tests.sampling import next_token
 from device_tests.sessions import Session
 from device_tests.token_statistics import log_softmax
 from models.errors import UserError
-from pipeline.generate import GenerateOptions, TextStream, next_token
+from pipeline.generate import GenerateOptions, TextStream
 
 MAX_TOKENS = 256  # of an answer whose task names no limit, as lm-evaluation-harness has it
 MAX_TOKENS_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -89,7 +90,7 @@ def answer(session: Session, tokenizer: Tokenizer, context: list[int], answering
     logits = session.prefill(np.array(tokens))
     for place in range(sampling.max_tokens):
         refuse_broken(logits, Place(0, session.position - 1))
-        token = next_token(logits, sampling, generator)
+        token = next_token(logits, sampling.sampling, generator)
         if token == interface.eos_token_id:
             break
         text += stream.push(token)

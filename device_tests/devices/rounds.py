@@ -7,7 +7,7 @@ from typing import Any
 
 TIMED = (
     "load_cold_ms", "load_ms", "first_token_ms", "first_token_cold_ms", "decode_ms_p50", "decode_ms_p90", "decode_ms_p99",
-    "prefill_tokens_per_s", "decode_tokens_per_s", "baseline_rss_mb", "load_rss_mb", "peak_rss_mb",
+    "prefill_tokens_per_s", "decode_tokens_per_s", "host_us_per_token", "baseline_rss_mb", "load_rss_mb", "peak_rss_mb",
 )  # fmt: skip
 
 

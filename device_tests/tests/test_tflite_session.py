@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from device_tests import prompt_cache
 from device_tests.artifact import Artifact, Interface
 from device_tests.errors import ArtifactFailure
 from device_tests.tflite_session import HIDDEN, TfliteSession, dequantised, quantised
@@ -89,3 +90,17 @@ def test_numbers_survive_a_round_trip():
     assert quantised(HIDDEN, describe((1,), np.float32, (0.0, 0))) == HIDDEN
     with pytest.raises(ArtifactFailure, match="uint8"):
         quantised(0, describe((1,), np.uint8, (1.0, 0)))
+
+
+def test_a_prompt_cache_goes_into_an_int8_session_and_back(tmp_path):
+    """Behind what was put back lie empty slots, whatever was there before: a hidden slot still has a little weight."""
+    session, other = (TfliteSession(ARTIFACT, RecordingInterpreter()) for _ in range(2))
+    tokens = np.arange(6) % VOCABULARY
+    session.prefill(tokens)
+    prompt_cache.save(tmp_path / "cache", session, ARTIFACT, tokens)
+    other.prefill(np.ones(9, np.int64))
+    other.reset()
+    assert prompt_cache.load(tmp_path / "cache", other, ARTIFACT, np.append(tokens[:3], [5, 5])) == 3 == other.position
+    for name, cache in other.caches().items():
+        np.testing.assert_array_equal(cache[:, :, :3], session.caches()[name][:, :, :3])
+        assert (cache[:, :, 3:] == CACHE[1]).all()

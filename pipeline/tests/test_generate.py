@@ -12,7 +12,7 @@ from conftest import tiny_tokenizer
 from device_tests.tests.toy import CONTEXT, VOCABULARY, NumpySession, ToyModel
 from models.errors import GateError, UserError
 from pipeline.bundle import BundleInputs, build_bundle
-from pipeline.generate import GenerateOptions, TextStream, generate, next_token, prompt_ids, stream, told
+from pipeline.generate import RUNTIMES, GenerateOptions, OneByOne, TextStream, chosen_artifact, generate, prompt_ids, stream, told
 from pipeline.manifest import Manifest
 from pipeline.report import build_report
 from pipeline.tests.fake_road import fake_outcome, fake_recipe, fake_road, fake_stages, with_toy
@@ -92,15 +92,19 @@ def test_artifact_can_be_chosen(bundle):
 def test_runtime_opens_its_own_format(bundle):
     with pytest.raises(UserError, match="--runtime cuda: no such runtime; give one of onnx, litert, tflite"):
         run(bundle, runtime="cuda")
-    with pytest.raises(GateError, match="tflite_static_int8"):  # right bytes, but no model
+    with pytest.raises(GateError, match="cannot open tflite_fp32"):  # right bytes, but no model
         run(bundle, runtime="litert")
 
 
 def test_context_is_filled_and_not_overrun(bundle, manifest):
     artifact = endless(manifest.artifacts[0])
     text = TextStream(tokenizer_of(bundle), [5])
-    found = stream(NumpySession(MODEL), artifact, [5] * 30, text, GenerateOptions(max_tokens=10_000), io.StringIO())
+    found = stream(one_by_one(NumpySession(MODEL)), artifact, [5] * 30, text, GenerateOptions(max_tokens=10_000), io.StringIO())
     assert found.ended == "context is full" and found.new_tokens == CONTEXT - 30 + 1
+
+
+def one_by_one(session) -> OneByOne:
+    return OneByOne(session, GenerateOptions())
 
 
 def endless(artifact):
@@ -146,7 +150,8 @@ def test_end_of_text_stops_and_is_not_written(bundle, manifest):
         return np.where(np.arange(VOCABULARY) == (0 if position >= 5 else 7), 9.0, 0.0).astype(np.float32)
 
     text = TextStream(tokenizer_of(bundle), [5])
-    found = stream(NumpySession(MODEL, ends), manifest.artifacts[0], [5] * 3, text, GenerateOptions(max_tokens=20), io.StringIO())
+    session = one_by_one(NumpySession(MODEL, ends))
+    found = stream(session, manifest.artifacts[0], [5] * 3, text, GenerateOptions(max_tokens=20), io.StringIO())
     assert found.ended == "end of text" and found.new_tokens == 3 and found.text == tokenizer_of(bundle).decode([7, 7, 7])
 
 
@@ -157,7 +162,7 @@ def test_interrupt_ends_well(bundle, manifest):
         return row
 
     artifact, text = endless(manifest.artifacts[0]), TextStream(tokenizer_of(bundle), [5])
-    found = stream(NumpySession(MODEL, interrupted), artifact, [5] * 4, text, GenerateOptions(), io.StringIO())
+    found = stream(one_by_one(NumpySession(MODEL, interrupted)), artifact, [5] * 4, text, GenerateOptions(), io.StringIO())
     assert found.ended == "interrupted" and found.new_tokens == 3 and len(found.text) == 3
 
 
@@ -180,24 +185,43 @@ def test_unfinished_bytes_come_out_at_the_end():
     assert "".join(pieces.push(token) for token in half) == "" and set(pieces.finish()) == {"\ufffd"}
 
 
-def test_sampling_follows_the_shares():
-    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05])).astype(np.float32)
-    generator = np.random.default_rng(0)
+def test_the_artifact_that_answered_soonest_is_taken(manifest):
+    """By what was measured when the bundle was made; a file without times comes last, however small."""
+    first = manifest.artifacts[0]
+    timed = first.runtimes[0].model_copy(update={"first_token_ms": 10.0, "decode_tokens_per_s": 100.0})
+    untimed = timed.model_copy(update={"first_token_ms": None, "decode_tokens_per_s": None})
+    quick = timed.model_copy(update={"decode_tokens_per_s": 200.0})
+    artifacts = [
+        first.model_copy(update={"name": name, "runtimes": [device], "bytes": size})
+        for name, device, size in (("large", timed, 9), ("quick", quick, 8), ("untimed", untimed, 1))
+    ]
+    found = manifest.model_copy(update={"artifacts": artifacts})
+    runtime = next(ours for ours, (name, _) in RUNTIMES.items() if name == timed.runtime)
+    assert chosen_artifact(found, runtime, None).name == "quick"
+    assert chosen_artifact(found.model_copy(update={"artifacts": artifacts[2:]}), runtime, None).name == "untimed"
+    assert chosen_artifact(found, runtime, "large").name == "large"
 
-    def shares(**options) -> np.ndarray:
-        chosen = GenerateOptions(**options)
-        drawn = [next_token(logits, chosen, generator) for _ in range(4000)]
-        return np.bincount(drawn, minlength=4) / 4000
 
-    assert next_token(logits, GenerateOptions(), generator) == 0
-    np.testing.assert_allclose(shares(temperature=1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
-    np.testing.assert_allclose(shares(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
-    np.testing.assert_allclose(shares(temperature=1.0, top_p=0.79), [0.625, 0.375, 0, 0], atol=0.03)
-    np.testing.assert_allclose(shares(temperature=0.5), np.array([25, 9, 2.25, 0.25]) / 36.5, atol=0.03)
-    assert shares(temperature=1.0, top_p=1e-9)[0] == 1 and shares(temperature=1e-6)[0] == 1
+def test_a_draft_leaves_greedy_text_as_it_is(bundle):
+    """The model as its own draft: every guess is taken."""
+    prompt = next(letter for letter in "abcdefghijklmnop" if run(bundle, letter, max_tokens=12).new_tokens == 12)
+    alone, with_draft = run(bundle, prompt, max_tokens=12), run(bundle, prompt, max_tokens=12, draft=bundle.folder, ahead=3)
+    assert with_draft.text == alone.text and with_draft.drafted_tokens > 0
+    assert with_draft.accepted_tokens == with_draft.drafted_tokens
+    assert f"100% of {with_draft.drafted_tokens} drafted tokens taken" in told(with_draft)
+    with pytest.raises(UserError, match="--draft goes with greedy text only, and --temperature is 0.5"):
+        run(bundle, draft=bundle.folder, temperature=0.5)
 
 
-def test_top_k_beyond_the_vocabulary_and_certain_logits():
-    logits = np.array([-1e30, 5.0, -1e30], dtype=np.float32)
-    assert next_token(logits, GenerateOptions(temperature=1.0, top_k=50), np.random.default_rng(0)) == 1
-    assert next_token(logits, GenerateOptions(temperature=1.0, top_p=1.0), np.random.default_rng(0)) == 1
+def test_a_prompt_is_not_computed_twice(bundle, tmp_path):
+    cache = tmp_path / "prompt.npz"
+    first = run(bundle, "def f(x):", max_tokens=8, prompt_cache=cache)
+    again = run(bundle, "def f(x):", max_tokens=8, prompt_cache=cache)
+    assert first.reused_tokens == 0 and again.reused_tokens == again.prompt_tokens - 1 and again.text == first.text
+    other = run(bundle, "def g(y):", max_tokens=8, prompt_cache=cache)
+    assert other.reused_tokens == len("def ") and other.text == run(bundle, "def g(y):", max_tokens=8).text
+    assert f"{len('def ')} of {other.prompt_tokens} prompt tokens from the cache" in told(other)
+    cache.write_bytes(b"no archive")
+    with pytest.raises(UserError, match="prompt.npz: no prompt cache"):
+        run(bundle, "def f(x):", prompt_cache=cache)
+    assert cache.read_bytes() == b"no archive" and list(tmp_path.iterdir()) == [cache]
