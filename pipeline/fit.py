@@ -192,9 +192,13 @@ def usual_blocks() -> Blocks:
 
 def blocks_of_recipe(recipe: dict) -> Blocks:
     """The options of a recipe that decide bytes; a stage that the recipe does not name has its defaults."""
-    default = Blocks()
-    int8, int4 = recipe.get("onnx_weight_only_int8", {}), recipe.get("onnx_weight_only_int4", {})
-    return Blocks(int8.get("block", default.int8), int4.get("block", default.int4), int4.get("embedding_bits", default.int4_embedding_bits))
+    default, values = Blocks(), {}
+    for artifact in ("weight_only_int8", "weight_only_int4", "hybrid_int8", "hybrid_int4"):
+        table, name = recipe.get(f"onnx_{artifact}", {}), artifact.removeprefix("weight_only_")
+        values[name] = table.get("block", getattr(default, name))
+        if name.endswith("int4"):
+            values[f"{name}_embedding_bits"] = table.get("embedding_bits", getattr(default, f"{name}_embedding_bits"))
+    return Blocks(**values)
 
 
 def compare(sizes: tuple[Size, ...], report: dict | None) -> tuple[Compared, ...]:

@@ -13,7 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from exporters.settings import OnnxWeightOnlyInt4Settings, OnnxWeightOnlyInt8Settings, TfliteFullInt8Settings
+from exporters.settings import (
+    OnnxHybridInt4Settings,
+    OnnxHybridInt8Settings,
+    OnnxWeightOnlyInt4Settings,
+    OnnxWeightOnlyInt8Settings,
+    TfliteFullInt8Settings,
+)
 from pipeline.fit_shape import DecoderShape, matrices, parameters
 
 FLOAT_BYTES = 4
@@ -32,6 +38,9 @@ class Blocks:
     int8: int = OnnxWeightOnlyInt8Settings().block
     int4: int = OnnxWeightOnlyInt4Settings().block
     int4_embedding_bits: int = OnnxWeightOnlyInt4Settings().embedding_bits
+    hybrid_int8: int = OnnxHybridInt8Settings().block
+    hybrid_int4: int = OnnxHybridInt4Settings().block
+    hybrid_int4_embedding_bits: int = OnnxHybridInt4Settings().embedding_bits
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class Format:
     positions: Codes = FP32
     norm_bytes: int = FLOAT_BYTES
     bias_bytes: int = FLOAT_BYTES
+    row_bytes: int = 0  # of each output row of linear layers, beside what its blocks have
     rotary_bytes: int = 0  # of cos and sin together, per position and half element of a head; 0: no tables
     most_context: int = 0  # positions that the file is made for; 0: all that the model has
     kv_bytes: int = 4  # of an element of the cache that the graph takes
@@ -98,10 +108,9 @@ class Size:
 
 def formats(blocks: Blocks) -> tuple[Format, ...]:
     """Every format that the arithmetic knows."""
-    int4 = Codes("int4", 4, blocks.int4, scale_bytes=4, zero_point_bits=4)
-    # The embedding's look-up wants a byte for each 4-bit zero; 8 bits need no small blocks and no zeros.
-    wide = Codes("int8", 8, Blocks().int8, scale_bytes=4)
-    int4_table = wide if blocks.int4_embedding_bits == 8 else Codes("int4", 4, blocks.int4, scale_bytes=4, zero_point_bits=12)
+    int4, int4_table = four_bits(blocks.int4, blocks.int4_embedding_bits)
+    hybrid_int4, hybrid_int4_table = four_bits(blocks.hybrid_int4, blocks.hybrid_int4_embedding_bits)
+    hybrid_int8 = Codes("int8", 8, blocks.hybrid_int8, scale_bytes=4)
     int8 = Codes("int8", 8, blocks.int8, scale_bytes=4)
     static = Codes("int8", 8, scale_bytes=4, zero_point_bits=8)
     whole = Codes("int8", 8)  # one scale for all
@@ -115,6 +124,9 @@ def formats(blocks: Blocks) -> tuple[Format, ...]:
         Format("onnx_dynamic_int8", static, static, limit=ONE_FILE_BYTES, **onnx),
         Format("onnx_weight_only_int8", int8, int8, limit=ONE_FILE_BYTES, **onnx),
         Format("onnx_weight_only_int4", int4, int4_table, float_limit=ONE_FILE_BYTES, limit=ONE_FILE_BYTES, **onnx),
+        # The prompt graph has a scale and a zero point for each output.
+        Format("onnx_hybrid_int8", hybrid_int8, hybrid_int8, row_bytes=5, float_limit=ONE_FILE_BYTES, **onnx),
+        Format("onnx_hybrid_int4", hybrid_int4, hybrid_int4_table, row_bytes=5, float_limit=ONE_FILE_BYTES, **onnx),
         Format("tflite_fp32", FP32, FP32, **tflite),
         Format("tflite_static_int8", INT8_ROWS, INT8_ROWS, INT8_ROWS, **tflite),
         Format("tflite_dynamic_int8", INT8_ROWS, INT8_ROWS, INT8_ROWS, **tflite),
@@ -135,6 +147,14 @@ def formats(blocks: Blocks) -> tuple[Format, ...]:
     )
 
 
+def four_bits(block: int, embedding_bits: int) -> tuple[Codes, Codes]:
+    """Linear layers, and the embedding with a head that is tied to it, of a 4-bit format."""
+    # The embedding's look-up wants a byte for each 4-bit zero; 8 bits need no small blocks and no zeros.
+    wide = Codes("int8", 8, Blocks().int8, scale_bytes=4)
+    table = wide if embedding_bits == 8 else Codes("int4", 4, block, scale_bytes=4, zero_point_bits=12)
+    return Codes("int4", 4, block, scale_bytes=4, zero_point_bits=4), table
+
+
 def size_of(shape: DecoderShape, form: Format, sparsity: float = 0.0) -> Size:
     """Bytes of ``form``; ``sparsity`` is the share of zeros in the linear layers, which deflate alone makes use of."""
     counted = parameters(shape)
@@ -146,7 +166,8 @@ def size_of(shape: DecoderShape, form: Format, sparsity: float = 0.0) -> Size:
     floats = counted.norms * form.norm_bytes + biases * form.bias_bytes
     angles = context * shape.head_dim // 2 * form.rotary_bytes if shape.rotary else 0
     graph = graph_bytes(form.name, shape)
-    rest = linear_scales + table_scales + place_scales + floats + angles
+    row_facts = form.row_bytes * sum(matrix.rows * matrix.count for matrix in matrices(shape) if matrix.part != "head")
+    rest = linear_scales + table_scales + place_scales + row_facts + floats + angles
     disk = linear + table + places + rest + graph + (fused_bytes(shape) if form.fused_twice else 0)
     head = linear_bytes(shape, form, heads=1)[0] - linear_bytes(shape, form, heads=0)[0] if not shape.tied else 0
     pruned = linear - head  # the head is no layer that pruning touches

@@ -125,15 +125,30 @@ def with_targets(recipe: Recipe) -> Recipe:
 
 
 def told(error: ValidationError, path: Path | None) -> str:
-    """One line for each fault, behind a line that says where they are."""
-    faults = []
+    """One line where there is one fault; else one line for each, behind a line that says where they are."""
+    faults: dict[str, list[str]] = {}  # a key whose value may be of several kinds has a message for each kind
     for fault in error.errors():
-        key = ".".join(str(step) for step in fault["loc"])
+        key = key_of_fault(fault["loc"])
         value = "" if fault["type"] in ("missing", "extra_forbidden") else f" = {fault['input']!r}"
         message = "no such key; see `pocketlm plan --json` for all keys" if fault["type"] == "extra_forbidden" else fault["msg"]
-        faults.append(f"{key}{value}: {message}")
+        faults.setdefault(key + value, []).append(message)
+    lines = [f"{key}: {', or '.join(messages)}" for key, messages in faults.items()]
     where = path.name if path else "the recipe"
-    return "\n".join([f"{where}: {len(faults)} fault{'s' if len(faults) > 1 else ''}; mend and run again", *faults])
+    if len(lines) == 1:
+        return f"{where}: {lines[0]}; mend it and run again"
+    return "\n".join([f"{where}: {len(lines)} faults; mend and run again", *lines])
+
+
+def key_of_fault(location: tuple[str | int, ...]) -> str:
+    """The recipe's key at a location, without what pydantic adds about the kind of value that it tried."""
+    model, steps = Recipe, []
+    for step in location:
+        steps.append(str(step))
+        kind = model.model_fields[step].annotation if step in model.model_fields else None
+        if not (isinstance(kind, type) and issubclass(kind, StageSettings)):
+            break
+        model = kind
+    return ".".join(steps)
 
 
 def read_toml(path: Path) -> dict:

@@ -21,6 +21,7 @@ from models.errors import GateError, StageDied, UserError
 from models.progress import PROGRESS_FD
 from pipeline.fingerprint import ROOT, difference, key_of, parts_of
 from pipeline.recipe import Recipe
+from pipeline.stage_notes import notes_of
 from pipeline.stages import STAGES, Stage, leading_to, needed
 
 RECORD = "stage.json"
@@ -91,7 +92,7 @@ def run_stages(
 ) -> tuple[dict[str, Path], list[StageRun]]:
     """Run what is missing, in order: what the recipe's artifacts need, or only what leads to the stages ``goals``.
 
-    ``tell(stage, state)`` is called with ``runs`` before and ``ran`` or ``cached`` after each stage.
+    ``tell(stage, state)`` is called with ``runs`` before and ``ran`` or ``cached`` after each stage, then with what there is to know.
     Returns the folder of every stage and what each cost. Raises UserError and GateError as the stages do.
     """
     folders, runs = {}, []
@@ -104,6 +105,8 @@ def run_stages(
         record = json.loads((item.folder / RECORD).read_text())
         runs.append(StageRun(name, record["seconds"], record["peak_rss_mb"], cached=not made))
         tell(name, f"ran {record['seconds']:.1f} s, {record['peak_rss_mb']:.0f} MB" if made else "cached")
+        for note in notes_of(name, item.folder):
+            tell(name, note)
     return folders, runs
 
 

@@ -37,6 +37,10 @@ class PruneSettings(StageSettings):
         """A choice about single weights says nothing where none are removed."""
         if self.method == "none" and self.scope == "model":
             raise ValueError("scope is model but method is none, so it would do nothing; set method or leave scope out")
+        if self.method != "none" and self.pattern == "none" and "sparsity" not in self.model_fields_set:
+            raise ValueError(f"method is {self.method} but nothing says how much goes; set sparsity or pattern")
+        if self.method != "sparsegpt" and self.damping != type(self).model_fields["damping"].default:
+            raise ValueError(f"damping is {self.damping} but method is {self.method}, so it would do nothing; leave damping out")
         return self
 
 

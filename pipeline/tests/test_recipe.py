@@ -46,6 +46,28 @@ def test_a_scope_without_a_method_is_not_ignored():
         load_recipe(None, ["prune.scope=model"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["prune.method=wanda"], "method is wanda but nothing says how much goes"),
+        (["prune.method=wanda", "prune.sparsity=0.5", "prune.damping=0.1"], "damping is 0.1 but method is wanda"),
+    ],
+)
+def test_choices_of_pruning_that_would_do_nothing_are_refused(overrides, words):
+    with pytest.raises(UserError, match=words):
+        load_recipe(None, overrides)
+    assert load_recipe(None, ["prune.method=wanda", "prune.sparsity=0"]).prune.sparsity == 0  # said, so it is meant: the dense model
+
+
+@pytest.mark.parametrize("override", ["prune.sparsity=1.5", "cluster.centroids=1", "smooth.alpha=2", "gates.onnx_fp32.top1=3", "prune.x=1"])
+def test_one_fault_is_one_line_that_names_the_key_once(override):
+    with pytest.raises(UserError) as caught:
+        load_recipe(None, [override])
+    key = override.partition("=")[0]
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"the recipe: {key}") and str(caught.value).count(key) == 1
+    assert str(caught.value).endswith("; mend it and run again")
+
+
 def test_all_faults_at_once(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text('[prune]\nsparsity = 1.5\nffn = "half"\ntypo = 1\n[nowhere]\nx = 1\n')
