@@ -104,6 +104,21 @@ def test_tflite_is_timed_and_its_logits_are_those_of_the_reference(phone, progra
     assert phone.left() == []
 
 
+def test_a_hybrid_s_record_says_which_graph_ran(phone, programs, toys, tmp_path):
+    """The program knows one graph, so the first token is later than on a host that has both."""
+    record = json.loads((toys / "toy one.json").read_text())
+    for name in ("toy.prompt.onnx", "toy.data"):
+        (tmp_path / name).write_bytes(b"not opened there")
+        record["files"].append({"path": name, "sha256": hashlib.sha256(b"not opened there").hexdigest(), "bytes": 16})
+    (tmp_path / "toy one.onnx").write_bytes((toys / "toy one.onnx").read_bytes())
+    sidecar = tmp_path / "hybrid.json"
+    sidecar.write_text(json.dumps({**record, "prompt": {"file": "toy.prompt.onnx", "data": "toy.data", "weights": []}}))
+    found = run_one(f"adb://?{programs}", Job(sidecar, toys, Run("onnxruntime", gates=STRICT, prompts=(4,))))
+    assert found["passed"] and any("prompts went through the decode graph" in note for note in found["notes"])
+    plain = run_one(f"adb://?{programs}", onnx_job(toys, prompts=(4,)))
+    assert not any("decode graph" in note for note in plain["notes"])
+
+
 def test_onnx_is_timed_and_its_parity_is_said_to_be_untested(phone, programs, toys):
     record = run_one(f"adb://?{programs}", onnx_job(toys, prompts=(4, 30, 40), quality=True, answers=toys / "answers.npz"))
     assert record["passed"], record["failures"]
