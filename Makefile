@@ -12,9 +12,10 @@ export PYTHONDONTWRITEBYTECODE ?= 1
 GIVEN := $(if $(MODEL),--model "$(MODEL)") $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(CALIBRATION),--calibration "$(CALIBRATION)") \
          $(if $(EVALUATION),--evaluation "$(EVALUATION)") $(foreach pair,$(SET),--set "$(pair)")
 PLACE := $(if $(OUT),--out "$(OUT)")
+BENCH_SIZES := $(if $(MODEL)$(RECIPE)$(CALIBRATION)$(EVALUATION),,$(or $(SIZE),demo 139m 139m-half 0.5b))
 
 .DEFAULT_GOAL := help
-.PHONY: help android-bundle device-test arm64-lab board-wheels test bench prices demo-model readme lint format clean python-3.11
+.PHONY: help android-bundle device-test arm64-lab board-wheels test bench bench-peers prices demo-model readme lint format clean python-3.11
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
@@ -34,8 +35,12 @@ board-wheels: $(READY)  ## pin the wheels for boards anew, after a runtime's ver
 test: $(TESTABLE) lint  ## run all tests
 	@$(VENV)/bin/python -m pytest
 
-bench: $(READY)  ## each artifact against eager PyTorch and fp32 ONNX Runtime, as ratios of one run
-	@$(RUN) bench $(GIVEN)
+bench: $(READY)  ## all artifacts and peers, at three sizes, into docs/bench: SIZE="demo 139m" THREADS="1 2" ROUNDS=3 ONLY=, or MODEL= RECIPE= OUT=
+	@$(RUN) bench $(GIVEN) $(foreach size,$(BENCH_SIZES),--size "$(size)") $(foreach count,$(or $(THREADS),1 2),--threads $(count)) \
+	  $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only "$(ONLY)") $(if $(strip $(GIVEN)),$(PLACE),--out "$(or $(OUT),docs/bench)")
+
+bench-peers: $(READY)  ## install what `make bench` holds the artifacts against, each in its own environment (llama.cpp is compiled)
+	@$(VENV)/bin/python -m pipeline.peers.install
 
 prices: $(READY)  ## what every way of shrinking costs and saves, measured on the demo model; QUICK=1 is shorter
 	@$(RUN) prices $(if $(QUICK),--quick)

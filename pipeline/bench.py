@@ -1,159 +1,180 @@
-"""Each artifact against eager PyTorch and fp32 ONNX Runtime: interleaved rounds of one run, medians, and ratios.
+"""Every artifact, eager PyTorch, fp32 ONNX Runtime and the peers on one checkpoint: interleaved rounds of one run.
 
-A noisy machine slows all rows of a round alike, so ratios of one run hold where absolute times do not.
+A noisy machine slows all rows of a round alike, so ratios of one run hold where absolute times do not. Every row of every round
+is a fresh process. A row that gave no result is not run again and says why.
 """
 
 import json
-import statistics
-import subprocess
-import sys
+import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from device_tests.devices.local import Run, child_environment, run_local
-from models.errors import GateError
-from pipeline.measure import runtimes_of
-from pipeline.report import read_json, sidecar_path
-from pipeline.stages import ARTIFACT_OF_STAGE
+from device_tests.board import describe
+from device_tests.devices.job import how_it_ended
+from device_tests.devices.local import bandwidth_here
+from models.errors import UserError
+from pipeline.bench_peers import peer_rows, run_limited
+from pipeline.bench_record import MAIN_PROMPT_TOKENS, OTHER_PROMPTS_TOKENS, Runs, kept, median, row_record
+from pipeline.bench_rows import TORCH, Row, artifact_rows, matches, order_for, torch_row
+from pipeline.fingerprint import library_versions
+from pipeline.fit_shape import DecoderShape, parameters, shape_of_config
+from pipeline.recipe import Recipe
+from pipeline.runner import as_rows, run_stages
 
-BENCH_COLUMNS = (
-    "row", "threads", "MB", "first token ms", "x PyTorch", "x fp32 ORT", "decode tokens/s", "x PyTorch", "x fp32 ORT", "spread", "peak MB",
-)  # fmt: skip
-TORCH = "PyTorch eager fp32"
-FP32 = "onnx_fp32 in onnxruntime"
-MUST_BE_FASTER = {
-    "onnx_static_int8 in onnxruntime": "onnx_fp32 in onnxruntime",
-    "tflite_static_int8 in litert": "tflite_fp32 in litert",
-}
-LARGEST_SHARE_OF_FP32_BYTES = 0.28
+Tell = Callable[[str, str], None]
+MEASURED_WITH = ("numpy", "torch", "transformers", "onnxruntime", "ai_edge_litert", "tflite_runtime")  # import names
+# A row that was well with the first number of threads and takes so many times as long with another hangs
+HANGS_AFTER_TIMES, HANGS_AFTER_MORE_S = 5, 20.0
 
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """How much is run: every row at every thread count, ``rounds`` times, ``decode_tokens`` single tokens each."""
+    """How much is run: every row at every thread count, ``rounds`` times, ``decode_tokens`` single tokens each.
+
+    Each of ``only`` is a part of the names of the rows that are wanted, or a shell pattern.
+    """
 
     threads: tuple[int, ...] = (1,)
     rounds: int = 3
     decode_tokens: int = 64
+    only: tuple[str, ...] = ()
+    prompts: tuple[int, ...] = OTHER_PROMPTS_TOKENS
 
 
-def bench(folders: dict[str, Path], plan: BenchPlan, tell: Callable[[str, str], None]) -> dict:
-    """Time all rows. Returns ``{"how", "rows": [...], "rounds"}``; rows carry every round's numbers and their medians."""
-    sidecars = {name: sidecar_path(folders, stage) for stage, name in ARTIFACT_OF_STAGE.items() if stage in folders}
-    entries = [(TORCH, None, "")]
-    for name, sidecar in sidecars.items():
-        entries += [(f"{name} in {runtime}", sidecar, runtime) for runtime in runtimes_of(read_json(sidecar))]
-    found: dict[tuple[str, int], list[dict]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        prompt = golden_prompt(folders["golden"], Path(scratch))
-        for turn in range(plan.rounds):
-            tell(f"round {turn + 1}", f"of {plan.rounds}")
-            for threads in plan.threads:
-                for label, sidecar, runtime in entries:
-                    if sidecar is None:
-                        timing = time_torch(folders["smooth"], prompt, threads, plan)
-                    else:
-                        run = Run(runtime=runtime, threads=threads, decode_tokens=plan.decode_tokens)
-                        timing = timed(run_local(sidecar, folders["golden"], run))
-                    found.setdefault((label, threads), []).append(timing)
-    bytes_of = {TORCH: sum(file.stat().st_size for file in folders["smooth"].glob("*.safetensors"))}
-    bytes_of |= {label: read_json(sidecar)["bytes"] for label, sidecar, _ in entries if sidecar}
-    rows = [row_of(label, threads, bytes_of[label], timings) for (label, threads), timings in found.items()]
-    return {"how": how(plan, found), "rounds": plan.rounds, "rows": rows}
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: the recipe's road, what the reader is told of it, and whether its quality means anything.
+
+    ``limit_s`` is what one process of a row may take, ``only`` as in ``BenchPlan``.
+    """
+
+    name: str
+    about: str
+    recipe: Recipe
+    trained: bool
+    limit_s: float = 600.0
+    only: tuple[str, ...] = ()
 
 
-def golden_prompt(golden: Path, scratch: Path) -> Path:
-    """The prompt that device tests time, as a file of its own."""
+@dataclass(frozen=True)
+class Feed:
+    """The files that every process of a run is given: the prompt int32 ``[n]``, and the folder of evaluation windows."""
+
+    prompt: Path
+    golden: Path
+    interface: dict
+
+
+def bench(subject: Subject, work: Path, plan: BenchPlan, tell: Tell) -> dict:
+    """Make what is missing, time all rows, and return the size's part of ``bench.json``. UserError where ``only`` fits no row."""
+    folders, runs = run_stages(subject.recipe, work, tell, ("golden",))
+    exported = folders["cluster"]
+    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    shape = shape_of_config(config, str(exported))
+    rows, made = artifact_rows(subject.recipe, work, plan.only, tell)
+    rows += [torch_row(exported, shape)] if matches(TORCH, plan.only) else []
+    # Peers get the weights before smoothing, which is our own preparation; clustered weights are another function, so those they get.
+    theirs = exported if subject.recipe.cluster.centroids else folders["recover"]
+    rows += peer_rows(theirs, work, plan.only, tell, max(plan.threads))
+    if not rows:
+        raise UserError(f"--only {' and '.join(plan.only)}: no row has such a name; leave it out to see all of them")
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        feed = Feed(write_prompt(folders["golden"], Path(scratch)), folders["golden"], interface_of(shape, config))
+        found, bandwidth = time_rounds(rows, feed, plan, subject, tell)
+    stages = {row["stage"]: row for row in as_rows([*runs, *made])}
+    return {
+        "name": subject.name,
+        "about": subject.about,
+        "parameters": parameters(shape).total,
+        "context_tokens": shape.context_tokens,
+        "measured_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "how": how(plan, subject),
+        "environment": {**describe(), "versions": library_versions(frozenset(MEASURED_WITH)), "load_average": os.getloadavg()},
+        "threads": list(plan.threads),
+        "rounds": plan.rounds,
+        "decode_tokens": plan.decode_tokens,
+        "bandwidth_gb_s": {str(threads): {"median": median(values), "rounds": values} for threads, values in bandwidth.items()},
+        "stages": list(stages.values()),
+        "rows": [row_record(each, median(bandwidth[each.threads])) for each in found],
+    }
+
+
+def write_prompt(golden: Path, scratch: Path) -> Path:
+    """The text that is timed, from the evaluation windows, repeated where a window is shorter."""
     with np.load(golden / "golden.npz", allow_pickle=False) as vectors:
-        prompt = vectors["windows"][0][: int(vectors["prompt_tokens"])]
+        prompt = np.resize(vectors["windows"][0], MAIN_PROMPT_TOKENS)
     np.save(scratch / "prompt.npy", prompt)
     return scratch / "prompt.npy"
 
 
-def time_torch(model: Path, prompt: Path, threads: int, plan: BenchPlan) -> dict:
-    """Timing of the exported model in eager PyTorch, in a fresh process."""
-    command = [sys.executable, "-m", "pipeline.torch_session", str(model), str(prompt), str(plan.decode_tokens), str(threads)]
-    done = subprocess.run(command, env=child_environment(threads), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"eager PyTorch could not be timed: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def interface_of(shape: DecoderShape, config: dict) -> dict:
+    """The fields of ``Interface`` for a row that has no sidecar."""
+    ends = {key: value if isinstance(value := config.get(key), int) else None for key in ("bos_token_id", "eos_token_id")}
+    sizes = {key: getattr(shape, key) for key in ("vocab_size", "layers", "kv_heads", "head_dim", "context_tokens")}
+    return {**sizes, "prefill_tokens": None, **ends}
 
 
-def timed(result: dict) -> dict:
-    """The device part of a result. GateError when the artifact did not run to its end."""
-    if result["device"]["first_token_ms"] is None:
-        raise GateError(f"bench: {'; '.join(result['device']['failures'])}")
-    return result["device"]
+def time_rounds(rows: list[Row], feed: Feed, plan: BenchPlan, subject: Subject, tell: Tell) -> tuple[list[Runs], dict[int, list]]:
+    """All rounds. Returns the rows' runs and GB/s of memory by threads; quality is scored in the first run of each row."""
+    found = {(row.label, threads): Runs(row, threads) for threads in plan.threads for row in rows}
+    bandwidth: dict[int, list[float | None]] = {threads: [] for threads in plan.threads}
+    for turn in range(plan.rounds):
+        for threads in plan.threads:
+            bandwidth[threads].append(bandwidth_here(threads))
+            for row in rows:
+                runs, before = found[row.label, threads], found[row.label, plan.threads[0]]
+                if row.missing or runs.failure:
+                    continue
+                first = subject.trained and runs is before and turn == 0
+                tell(f"round {turn + 1}/{plan.rounds}", f"{threads} threads: {row.label}")
+                run_once(runs, feed, plan, first, limit_of(before, runs, subject.limit_s))
+        if turn == 0:
+            for (label, _), runs in found.items():
+                runs.quality = found[label, plan.threads[0]].quality
+    return list(found.values()), bandwidth
 
 
-def row_of(label: str, threads: int, size: int, timings: list[dict]) -> dict:
-    """Medians over the rounds; ``spread`` is (largest - smallest) / median of decode tokens/s."""
-    decode = [timing["decode_tokens_per_s"] for timing in timings]
-    return {
-        "row": label,
-        "threads": threads,
-        "bytes": size,
-        "first_token_ms": statistics.median(timing["first_token_ms"] for timing in timings),
-        "decode_tokens_per_s": statistics.median(decode),
-        "decode_spread": (max(decode) - min(decode)) / statistics.median(decode),
-        "peak_rss_mb": statistics.median(timing["peak_rss_mb"] for timing in timings),
-        "rounds": [{key: timing[key] for key in ("first_token_ms", "decode_tokens_per_s", "load_ms", "peak_rss_mb")} for timing in timings],
-    }
+def limit_of(before: Runs, runs: Runs, most_s: float) -> float:
+    """Seconds that the next run may take: less where the row is known to be quicker with the first number of threads."""
+    if runs is before or not before.wall_s:
+        return most_s
+    return min(most_s, HANGS_AFTER_MORE_S + HANGS_AFTER_TIMES * max(before.wall_s))
 
 
-def how(plan: BenchPlan, found: dict) -> str:
-    """One sentence that says how the numbers came about."""
-    prompt = next(iter(found.values()))[0]["prompt_tokens"]
+def run_once(runs: Runs, feed: Feed, plan: BenchPlan, scored: bool, limit_s: float) -> None:
+    """One fresh process of a row; ``runs`` takes what it gave, or why it gave nothing."""
+    order = order_for(
+        runs.row, runs.threads, prompt=str(feed.prompt), decode_tokens=plan.decode_tokens, lengths=plan.prompts,
+        golden=str(feed.golden.resolve()) if scored else None, interface=feed.interface,
+    )  # fmt: skip
+    started = time.perf_counter()
+    code, said, words = run_limited([*runs.row.command, order.as_json()], runs.threads, limit_s)
+    if code is None:
+        runs.failure = f"no result after {limit_s:.0f} s"
+        return
+    if code != 0 or not said.strip():
+        runs.failure = how_it_ended(code, words, limit_s)
+        return
+    timing = json.loads(said.splitlines()[-1])
+    runs.wall_s.append(time.perf_counter() - started)
+    runs.quality = timing["quality"] or runs.quality
+    shorter = timing["context_tokens"] != feed.interface["context_tokens"]
+    notes = [*timing["notes"], *([f"a cache of {timing['context_tokens']} tokens"] if shorter else [])]
+    runs.rounds.append({**kept(timing), "notes": notes})
+
+
+def how(plan: BenchPlan, subject: Subject) -> str:
+    """How the numbers came about, in a few sentences."""
+    lengths = ", ".join(str(tokens) for tokens in sorted({MAIN_PROMPT_TOKENS, *plan.prompts}))
+    quality = "" if subject.trained else " The weights are random, so quality is measured on the demo model only."
     return (
-        f"Measured by `make bench`: medians of {plan.rounds} interleaved rounds, a fresh process per row and round, a prompt of "
-        f"{prompt} tokens and {plan.decode_tokens} single tokens after warm-up; MB are 10^6 bytes, `x` says how many times as fast; "
-        "spread is (most - least) / median of decode tokens/s."
+        f"Measured by `make bench`: medians of {plan.rounds} interleaved rounds, a fresh process per row and round, prompts of {lengths} "
+        f"tokens and, after {MAIN_PROMPT_TOKENS} of them, {plan.decode_tokens} single tokens after warm-up; MB are 10^6 bytes, `x` says "
+        f"how many times as fast; spread is (most - least) / median of decode tokens/s.{quality}"
     )
-
-
-def bench_rows(found: dict) -> list[tuple[str, ...]]:
-    """The rows as text, with ratios against PyTorch and fp32 ONNX Runtime at the same number of threads."""
-    base = {(row["row"], row["threads"]): row for row in found["rows"]}
-    lines = []
-    for row in found["rows"]:
-        torch_row, fp32_row = base[TORCH, row["threads"]], base[FP32, row["threads"]]
-        first = [f"{other['first_token_ms'] / row['first_token_ms']:.2f}" for other in (torch_row, fp32_row)]
-        decode = [f"{row['decode_tokens_per_s'] / other['decode_tokens_per_s']:.2f}" for other in (torch_row, fp32_row)]
-        lines.append(
-            (
-                row["row"],
-                str(row["threads"]),
-                f"{row['bytes'] / 1e6:.1f}",
-                f"{row['first_token_ms']:.2f}",
-                *first,
-                f"{row['decode_tokens_per_s']:.0f}",
-                *decode,
-                f"{row['decode_spread']:.0%}",
-                f"{row['peak_rss_mb']:.0f}",
-            )  # fmt: skip
-        )
-    return lines
-
-
-def missed(found: dict) -> list[str]:
-    """What int8 promises and does not hold in this run: faster than its fp32 sibling in both phases, and far smaller."""
-    base = {(row["row"], row["threads"]): row for row in found["rows"]}
-    lines = []
-    for int8, fp32 in MUST_BE_FASTER.items():
-        for threads in sorted({row["threads"] for row in found["rows"]}):
-            small, large = base[int8, threads], base[fp32, threads]
-            ratios = {
-                "first token": large["first_token_ms"] / small["first_token_ms"],
-                "decode": small["decode_tokens_per_s"] / large["decode_tokens_per_s"],
-            }
-            lines += [
-                f"{int8}, {threads} threads: {phase} {ratio:.2f} x fp32, must be over 1" for phase, ratio in ratios.items() if ratio <= 1
-            ]
-        share = base[int8, threads]["bytes"] / base[fp32, threads]["bytes"]
-        if share >= LARGEST_SHARE_OF_FP32_BYTES:
-            lines.append(f"{int8}: {share:.3f} of the bytes of fp32, must be under {LARGEST_SHARE_OF_FP32_BYTES}")
-    return lines

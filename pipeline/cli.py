@@ -117,22 +117,27 @@ def generate(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder or zip")],
     runtime: Annotated[str, typer.Option(help="onnx, litert or tflite")] = "onnx",
     prompt: Annotated[str, typer.Option(help="the text to go on from; - reads it from standard input")] = "",
-    artifact: Annotated[str | None, typer.Option(help="such as onnx_fp32; without it the smallest that the runtime opens")] = None,
+    artifact: Annotated[str | None, typer.Option(help="such as onnx_fp32; without it the one that was measured to answer soonest")] = None,
     max_tokens: Annotated[int, typer.Option(help="most tokens to write")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
     top_k: Annotated[int, typer.Option(help="draw from the k likeliest tokens; 0: from all")] = 0,
     top_p: Annotated[float, typer.Option(help="draw from the fewest tokens that hold this share; 1: from all")] = 1.0,
     seed: Annotated[int, typer.Option(help="seed of the draws")] = 0,
     threads: Annotated[int, typer.Option(help="threads of the runtime")] = 1,
+    prompt_cache: Annotated[Path | None, typer.Option(help="file that keeps what was computed: common beginnings are reused")] = None,
+    draft: Annotated[Path | None, typer.Option(help="bundle of a pruned sibling that goes ahead; the greedy text stays the same")] = None,
+    ahead: Annotated[int, typer.Option(help="tokens that the draft goes ahead")] = 4,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Stream text from a bundle's model in the terminal; speed and memory follow on standard error."""
     import io
     from dataclasses import asdict
 
     from pipeline import generate as generation
 
-    options = generation.GenerateOptions(max_tokens, temperature, top_k, top_p, seed, threads, artifact, echo=not as_json)
+    options = generation.GenerateOptions(
+        max_tokens, temperature, top_k, top_p, seed, threads, artifact, not as_json, prompt_cache, draft, ahead
+    )  # fmt: skip
     text = sys.stdin.read() if prompt == "-" else prompt
     made = generation.generate(path, runtime, text, options, io.StringIO() if as_json else sys.stdout)
     if as_json:
@@ -142,28 +147,33 @@ def generate(
         told.print(generation.told(made), markup=False)
 
 
-@app.command(epilog="Example: `pocketlm bench --rounds 5`")
+@app.command(epilog="Examples: `pocketlm bench --threads 1 --threads 2`; `pocketlm bench --size 139m --only onnx_ --rounds 5`")
 def bench(
     recipe: RecipeFile = None, model: Model = None, calibration: Calibration = None, evaluation: Evaluation = None,
-    settings: Settings = None, work: Work = WORK, out: Out = OUT, as_json: AsJson = False,
-    threads: Annotated[list[int] | None, typer.Option(min=1, help="thread counts; may be given again")] = None,
+    settings: Settings = None, work: Work = WORK, as_json: AsJson = False,
+    size: Annotated[list[str] | None, typer.Option(help="demo, 139m, 139m-half or 0.5b; may be given again; without it demo")] = None,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="thread counts; may be given again; without it 1")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds of which medians are taken")] = 3,
+    decode_tokens: Annotated[int, typer.Option(min=1, help="single tokens timed in each run")] = 64,
+    only: Annotated[str | None, typer.Option(help="only rows with this in their name, or a shell pattern such as 'onnx_*int8*'")] = None,
+    out: Annotated[Path, typer.Option(help="folder for bench.json, bench.md and plots; sizes that it holds stay")] = OUT / "bench",
 ) -> None:  # fmt: skip
-    """Time every artifact against eager PyTorch and fp32 ONNX Runtime, interleaved in one run. Exit code 1: int8 is no gain."""
-    from pipeline import bench as benchmark
-    from pipeline import runner
+    """Time every artifact, eager PyTorch, and the peers of `make bench-peers` in one interleaved run. Exit code 1: int8 is no gain."""
+    from pipeline import bench_command
+    from pipeline.bench import BenchPlan
+    from pipeline.bench_report import PAGE, full_columns, full_rows
 
-    chosen = read_recipe(recipe, model, calibration, evaluation, settings)
-    folders, _ = runner.run_stages(chosen, work, tell)
-    found = benchmark.bench(folders, benchmark.BenchPlan(tuple(threads or (1,)), rounds), tell)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{chosen.name}-bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    own = read_recipe(recipe, model, calibration, evaluation, settings) if recipe or model or calibration or evaluation else None
+    request = bench_command.Request(tuple(size or ()), own, tuple(settings or ()))
+    plan = BenchPlan(tuple(threads or (1,)), rounds, decode_tokens, (only,) if only else ())
+    record, lines = bench_command.run(request, work, out, plan, tell)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(record, indent=1))
     else:
-        print_table(benchmark.BENCH_COLUMNS, benchmark.bench_rows(found), found["how"])
-        print(out / f"{chosen.name}-bench.json")
-    if lines := benchmark.missed(found):
+        for each in record["sizes"].values():
+            print_table(full_columns(each), full_rows(each), f"{each['name']}: {each['about']}. {each['how']}")
+        print(out / PAGE)
+    if lines:
         raise GateError("\n".join(["bench: int8 is not what it should be", *lines]))
 
 

@@ -1,7 +1,7 @@
 """Writes the README's tables from the records in ``docs/``, which come out of runs: ``python -m pipeline.readme``.
 
-``docs/demo-report.json`` is the report of the demo model's bundle, ``docs/demo-bench.json`` what `make bench` wrote. Both are
-refreshed from ``dist/`` where a newer one lies there.
+``docs/demo-report.json`` is the report of the demo model's bundle, refreshed from ``dist/`` where a newer one lies there;
+``docs/bench/bench.json`` is what `make bench` wrote.
 """
 
 import json
@@ -9,14 +9,15 @@ import re
 import shutil
 
 from models.errors import UserError
-from pipeline.bench import BENCH_COLUMNS, bench_rows
+from pipeline.bench_report import BENCH_COLUMNS, bench_rows
+from pipeline.bench_sizes import DEMO_SIZE
 from pipeline.recipe import ROOT
 from pipeline.table import COLUMNS, MATRIX_COLUMNS, markdown, matrix_rows, price, rows, skipped_lines
 
 README = ROOT / "README.md"
 REPORT = ROOT / "docs" / "demo-report.json"
-BENCH = ROOT / "docs" / "demo-bench.json"
-FRESH = {REPORT: ROOT / "dist" / "demo-android-bundle" / "report.json", BENCH: ROOT / "dist" / "demo-bench.json"}
+BENCH = ROOT / "docs" / "bench" / "bench.json"
+FRESH = {REPORT: ROOT / "dist" / "demo-android-bundle" / "report.json"}
 
 
 def results_block(report: dict) -> str:
@@ -40,8 +41,9 @@ def results_block(report: dict) -> str:
 
 
 def bench_block(bench: dict) -> str:
-    """Each artifact against eager PyTorch and fp32 ONNX Runtime."""
-    return f"{markdown(BENCH_COLUMNS, bench_rows(bench))}\n\n{bench['how']}"
+    """Each artifact of the demo model, and the peers, against eager PyTorch and fp32 ONNX Runtime."""
+    demo = bench["sizes"][DEMO_SIZE]
+    return f"{markdown(BENCH_COLUMNS, bench_rows(demo))}\n\n{demo['how']}"
 
 
 def with_block(text: str, name: str, block: str) -> str:

@@ -1,11 +1,10 @@
-"""The exported model in eager PyTorch, timed by the same loop as the artifacts: ``python -m pipeline.torch_session``.
+"""The exported model in eager PyTorch, timed by the same loop as the artifacts: ``python -m pipeline.torch_session <order>``.
 
-A process of its own, so that the peak memory is PyTorch's.
+A process of its own, so that the peak memory is PyTorch's. ``Order`` of `pipeline.bench_child` names the model's folder.
 """
 
-import json
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,8 @@ import torch
 from transformers import DynamicCache
 
 from device_tests.artifact import Interface
-from device_tests.result import timing_fields
-from device_tests.timing import measure
 from models.checkpoint import load_model, shape_of
+from pipeline.bench_child import Order, main
 
 
 class TorchSession:
@@ -23,6 +21,7 @@ class TorchSession:
 
     def __init__(self, folder: Path) -> None:
         self.model = load_model(folder)
+        self.notes: list[str] = []
         shape = shape_of(self.model)
         self.interface = Interface(
             vocab_size=shape.vocab_size, layers=shape.layers, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
@@ -49,13 +48,11 @@ class TorchSession:
         self.cache = DynamicCache(config=self.model.config)
 
 
-def main() -> None:
-    """Print the timing of a model as JSON: ``<model folder> <tokens .npy [n]> <decode tokens> <threads>``."""
-    folder, prompt, decode_tokens, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    _, timing = measure(lambda: TorchSession(Path(folder)), np.load(prompt, allow_pickle=False), int(decode_tokens))
-    print(json.dumps({**timing_fields(timing), "timing": asdict(timing)}))
+def prepare(order: Order) -> Callable[[], TorchSession]:
+    """Set the number of threads."""
+    torch.set_num_threads(order.threads)
+    return lambda: TorchSession(Path(order.model))
 
 
 if __name__ == "__main__":
-    main()
+    main(prepare, sys.argv[1])

@@ -5,6 +5,9 @@ import json
 import pytest
 
 from models.errors import UserError
+from pipeline.bench_record import FP32
+from pipeline.bench_rows import TORCH
+from pipeline.bench_sizes import DEMO_SIZE
 from pipeline.readme import BENCH, FRESH, README, REPORT, rendered, with_block
 
 
@@ -16,7 +19,9 @@ def test_tables_are_what_the_records_say():
 
 def test_records_are_of_passing_runs():
     assert json.loads(REPORT.read_text())["passed"]
-    assert {row["threads"] for row in json.loads(BENCH.read_text())["rows"]} == {1}
+    demo = json.loads(BENCH.read_text())["sizes"][DEMO_SIZE]
+    assert {row["threads"] for row in demo["rows"]} == set(demo["threads"])
+    assert {TORCH, FP32} <= {row["row"] for row in demo["rows"] if not row["failure"]}
 
 
 @pytest.mark.skipif(not FRESH[REPORT].is_file(), reason="no bundle of the demo model was built here yet")
