@@ -4,8 +4,9 @@ from transformers import PreTrainedModel
 
 from models.checkpoint import ModelShape
 
-# GPT-2's own type there means past and present packed in one tensor per layer; "decoder" is the plain layout that we write.
-MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "decoder"}
+# "decoder" is the plain layout that we write, whatever the family; GPT-2's own type there means another one.
+MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+OTHER_TYPE = "decoder"
 
 
 def genai_config(model: PreTrainedModel, shape: ModelShape, file_name: str) -> dict:
@@ -34,7 +35,7 @@ def genai_config(model: PreTrainedModel, shape: ModelShape, file_name: str) -> d
     }
     return {
         "model": {
-            "type": MODEL_TYPES[shape.family],
+            "type": MODEL_TYPES.get(shape.family, OTHER_TYPE),
             "vocab_size": shape.vocab_size,
             "context_length": shape.context_tokens,
             **{name: value for name, value in tokens.items() if value is not None},

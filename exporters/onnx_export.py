@@ -7,7 +7,7 @@ vocab]`` and ``present.{i}.key|value``. Past and present may be one buffer longe
 
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,16 @@ import torch
 from transformers import PreTrainedModel
 
 from exporters.artifact import checkpoint_sha256, write_sidecar
+from exporters.fusion_proof import find_fusions
 from exporters.genai_config import genai_config
-from exporters.gqa_hook import Fusions, GroupQueryDecoder, attention_as_operator, find_fusions
-from exporters.onnx_parity import greedy_mismatch, parity
+from exporters.gqa_hook import Fusions, GroupQueryDecoder, attention_as_operator
+from exporters.onnx_parity import greedy_mismatch, parity, parity_beyond
 from exporters.onnx_passes import PassCounts, fuse
 from exporters.onnx_session import open_session
 from exporters.settings import OnnxSettings
 from models.checkpoint import ModelShape, load_model, shape_of
-from models.errors import GateError
+from models.checkpoint_check import one_line
+from models.errors import GateError, UserError
 from models.provenance import write_json
 
 NAME = "onnx_fp32"
@@ -33,14 +35,16 @@ IR_VERSION = 10
 EXTERNAL_DATA_BYTES = 1_800_000_000  # protobuf ends at 2 GiB, headers and graph included
 # Every dynamic dimension of the sample is at least 2 and unlike the others: the exporter freezes 0, 1 and equal sizes.
 SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_PAST = 2, 3, 5
+TOKENS_BEYOND = 24  # more than a sliding window holds, in the proof that it is neither lost nor of another width
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A graph not yet written, and what was fused in it."""
+    """A graph not yet written, and what was fused in it; ``shape`` is the model's, but for a padded KV cache's head size."""
 
     graph: ir.Model
+    shape: ModelShape
     fusions: Fusions
     passes: PassCounts
 
@@ -48,12 +52,13 @@ class Exported:
 def run(settings: OnnxSettings, out: Path, model: Path, text: Path) -> None:
     """Write onnx_fp32.onnx, its sidecar and genai_config.json. GateError where it differs from PyTorch."""
     decoder = load_model(model)
-    shape = shape_of(decoder)
-    exported = export(decoder, shape)
+    exported = export(decoder, shape_of(decoder))
+    shape = exported.shape
     files = save(exported.graph, out / f"{NAME}.onnx")
     check(files[0])
     windows = parity_windows(text, shape.context_tokens, settings.greedy_tokens)
-    measured = {**describe(exported), **prove(decoder, files[0], windows, settings)}
+    beyond = tokens_beyond(windows, exported.fusions.windows, shape.context_tokens)
+    measured = {**describe(exported), **prove(decoder, files[0], windows, beyond, settings)}
     write_json(out / "genai_config.json", genai_config(decoder, shape, files[0].name))
     write_sidecar(
         out,
@@ -73,26 +78,34 @@ def export(model: PreTrainedModel, shape: ModelShape) -> Exported:
     """The model as a fused graph in the tensor contract. UserError for a model that the operators cannot express."""
     fusions = find_fusions(model, shape)
     decoder = GroupQueryDecoder(model, shape, fusions).eval()
+    shape = replace(shape, head_dim=fusions.cache_head_dim)
     past_shape = (SAMPLE_BATCH, shape.kv_heads, SAMPLE_PAST, shape.head_dim)
     past = [torch.zeros(past_shape) for _ in range(2 * shape.layers)]
     tokens = torch.ones(SAMPLE_BATCH, SAMPLE_SEQUENCE, dtype=torch.long)
     mask = torch.ones(SAMPLE_BATCH, SAMPLE_PAST + SAMPLE_SEQUENCE, dtype=torch.long)
     dynamic = torch.export.Dim.DYNAMIC
-    with attention_as_operator(decoder), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        program = torch.onnx.export(
-            decoder,
-            (tokens, mask, past),
-            dynamic_shapes=({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, [{0: dynamic, 2: dynamic}] * len(past)),
-            dynamo=True,
-            optimize=False,
-            opset_version=OPSET,
-            verbose=False,
-        )
-    graph = program.model
+    dimensions = ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, [{0: dynamic, 2: dynamic}] * len(past))
+    graph = trace(decoder, (tokens, mask, past), dimensions)
     graph.ir_version = IR_VERSION
     apply_contract(graph.graph, shape)
-    return Exported(graph, fusions, fuse(graph))
+    return Exported(graph, shape, fusions, fuse(graph))
+
+
+def trace(decoder: GroupQueryDecoder, sample: tuple, dimensions: tuple) -> ir.Model:
+    """The decoder as torch's exporter writes it. UserError, naming the family, for a model that it cannot write."""
+    with attention_as_operator(decoder), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        try:
+            program = torch.onnx.export(
+                decoder, sample, dynamic_shapes=dimensions, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            causes = [error]
+            while causes[-1].__cause__ is not None:
+                causes.append(causes[-1].__cause__)
+            family, reason = decoder.shape.family, one_line(causes[-1])
+            raise UserError(f"{family}: torch's ONNX exporter cannot write it ({reason}); use a dense model of another family") from error
+    return program.model
 
 
 def apply_contract(graph: ir.Graph, shape: ModelShape) -> None:
@@ -141,10 +154,19 @@ def parity_windows(text: Path, context_tokens: int, greedy_tokens: int) -> np.nd
     return windows[:, : min(context_tokens, 2 * max(2, context_tokens - greedy_tokens))]
 
 
-def prove(model: PreTrainedModel, path: Path, windows: np.ndarray, settings: OnnxSettings) -> dict:
+def tokens_beyond(windows: np.ndarray, attention_windows: tuple[int, ...], context_tokens: int) -> np.ndarray | None:
+    """Calibration tokens int32 ``[n]``, repeated as need be, more than the widest sliding window holds; None without one."""
+    if not attention_windows:
+        return None
+    return np.resize(windows, min(context_tokens, max(attention_windows) + TOKENS_BEYOND))
+
+
+def prove(model: PreTrainedModel, path: Path, windows: np.ndarray, beyond: np.ndarray | None, settings: OnnxSettings) -> dict:
     """Compare with PyTorch; what was measured, or GateError that names number, limit, artifact and worst place."""
     session = open_session(path)
     differences = parity(model, session, windows)
+    if beyond is not None:
+        differences.append(parity_beyond(model, session, beyond))
     worst = max(differences, key=lambda d: d.max_abs_diff if np.isfinite(d.max_abs_diff) else np.inf)
     if not worst.max_abs_diff <= settings.max_abs_diff:
         place = f"worst in {worst.phase}, window {worst.window}, position {worst.position}"
@@ -166,11 +188,18 @@ def describe(exported: Exported) -> dict:
     kinds = Counter(node.op_type for node in exported.graph.graph)
     return {
         "rotary_inside_attention": exported.fusions.rotate_inside,
-        "rms_norms_as_operator": len(exported.fusions.rms_norms),
+        "norms_as_operator": len(exported.fusions.norms),
+        "not_fused": [*exported.fusions.fallbacks, *unpacked(exported)],
         **asdict(exported.passes),
         "nodes": kinds.total(),
         "operators": dict(sorted(kinds.items())),
     }
+
+
+def unpacked(exported: Exported) -> list[str]:
+    """What the passes could not put together, in the words of the record."""
+    left = exported.shape.layers - exported.passes.qkv_packed
+    return [f"q, k and v not packed in {left} of {exported.shape.layers} layers: no one product gives them side by side"] if left else []
 
 
 def interface(shape: ModelShape) -> dict:

@@ -1,5 +1,6 @@
 """Proof that an exported graph computes what PyTorch computes: logits in every phase of use, and greedy text."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from exporters.onnx_session import empty_past, run_tokens, shared_buffer_logits
 DECODE_STEPS = 8
 PARITY_WINDOWS = 4
 GREEDY_PROMPTS = 4
+LOGITS_BYTES = 2**28  # of one call, fp32
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,24 @@ def parity(model: PreTrainedModel, session: onnxruntime.InferenceSession, window
     found += _padded(session, chosen[[0, second]], [references[0], references[second]])
     phases = dict.fromkeys(difference.phase for difference in found)
     return [max((d for d in found if d.phase == phase), key=lambda d: _rank(d.max_abs_diff)) for phase in phases]
+
+
+def parity_beyond(model: PreTrainedModel, session: onnxruntime.InferenceSession, tokens: np.ndarray) -> Difference:
+    """The worst difference at the end of ``tokens`` int ``[n]``, which are more than a sliding window holds.
+
+    The prompt goes in one piece where its logits fit ``LOGITS_BYTES``, else in several; the last tokens go one by one.
+    """
+    options = {"logits_to_keep": 2 * DECODE_STEPS} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens.astype(np.int64))[None], use_cache=False, **options).logits[0].numpy()
+    expected = expected[-2 * DECODE_STEPS :]
+    piece = max(2 * DECODE_STEPS, LOGITS_BYTES // (4 * expected.shape[1]))
+    prompt, past, got = len(tokens) - DECODE_STEPS, empty_past(session, 1), []
+    edges = [*range(0, prompt, piece), *range(prompt, len(tokens) + 1)]
+    for start, end in zip(edges, edges[1:], strict=False):
+        logits, past = run_tokens(session, tokens[None, start:end], past)
+        got.append(logits[0, -2 * DECODE_STEPS :])
+    return _difference("beyond_window", 0, len(tokens) - len(expected), np.concatenate(got)[-len(expected) :], expected)
 
 
 def greedy_mismatch(

@@ -12,7 +12,14 @@ import torch
 from huggingface_hub import metadata_load
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from models.checkpoint_check import INDEX, check_tensors, checked_config, one_line, stored_shapes, weight_files
@@ -29,6 +36,7 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "README.md")
+FFN_SIZE_NAMES = ("intermediate_size", "ffn_dim", "n_inner")  # what configs call it
 SPARE_BYTES = 64 * 2**20  # left free on the disk after the copy
 # Mixed text on which a tokenizer class that rebuilds its own pipeline differs from tokenizer.json.
 TOKENIZER_PROBE = "def f(x):\n    return x  # Ünïcödé, 数字 42, don't\t  \U0001f600\n\n"
@@ -58,7 +66,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
-        attn_implementation="sdpa",
+        attn_implementation=_attention_of(folder),
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
@@ -68,6 +76,12 @@ def load_model(folder: Path) -> PreTrainedModel:
     if invented:
         raise UserError(f"{folder.name}: weights lack {invented[0]}, which the config asks for; make the checkpoint again")
     return model.eval().requires_grad_(False)
+
+
+def _attention_of(folder: Path) -> str:
+    """PyTorch's fused attention, but for families that it cannot express (soft caps, sinks): those compute it step by step."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -98,24 +112,34 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     config = model.config
     with torch.no_grad():
         tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-        keys = model(tokens, use_cache=True).past_key_values.layers[0].keys  # [1, kv_heads, 2, head_dim]
-    parts = layer_parts(model)
+        cache = model(tokens, use_cache=True).past_key_values.layers
+    sizes = {tuple(layer.keys.shape) for layer in cache}  # each [1, kv_heads, 2, head_dim]
+    if len(sizes) != 1:
+        raise UserError(f"{config.model_type}: the layers' KV caches differ in size, which no export can say; use another model")
+    keys = cache[0].keys
     eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     return ModelShape(
         family=config.model_type,
         vocab_size=model.get_input_embeddings().num_embeddings,
-        layers=len(parts),
+        layers=len(cache),
         hidden_size=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=keys.shape[1],
         head_dim=keys.shape[3],
-        ffn_size=parts[0].down.weight.shape[1],
+        ffn_size=_ffn_size(model),
         context_tokens=config.max_position_embeddings,
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         bos_token_id=config.bos_token_id,
         eos_token_id=eos,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def _ffn_size(model: PreTrainedModel) -> int:
+    """Inner width of the FFN: from the matrices where their places are known, else what the config says."""
+    if model.config.model_type in SUPPORTED_FAMILIES:
+        return layer_parts(model)[0].down.weight.shape[1]
+    return next(getattr(model.config, name) for name in FFN_SIZE_NAMES if getattr(model.config, name, None))
 
 
 def run(settings: CheckpointSettings, out: Path) -> None:
