@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from models.errors import UserError
-from models.families import SUPPORTED_FAMILIES
+from models.families import ONNX_FAMILIES, SUPPORTED_FAMILIES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -49,6 +49,8 @@ def checked_config(folder: Path) -> PreTrainedConfig:
     family = raw.get("model_type")
     if family not in SUPPORTED_FAMILIES:
         named = f"architecture {family!r} is not supported" if family else "config.json names no model_type"
+        if family in ONNX_FAMILIES:
+            named = f"architecture {family!r} is known to the ONNX export alone, not yet to pruning, smoothing and TFLite"
         raise UserError(f"{named}; use a checkpoint of one of: {', '.join(SUPPORTED_FAMILIES)}")
     if raw.get("quantization_config"):
         raise UserError("the checkpoint is quantised already; use the original one in float32, float16 or bfloat16")
@@ -60,7 +62,7 @@ def checked_config(folder: Path) -> PreTrainedConfig:
     sliding = {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}
     if sliding:
         kinds = ", ".join(sorted(sliding))
-        unsayable = f"the model's layers use {kinds}, which the exports cannot say"
+        unsayable = f"the model's layers use {kinds}, which the TFLite export cannot say"
         raise UserError(f"{unsayable}; use a checkpoint with use_sliding_window false")
     return config
 

@@ -11,6 +11,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+# What the ONNX export alone can express, with parity to PyTorch: their parts are not described here, so nothing can prune or
+# smooth them, and TFLite has no sliding windows, soft caps or sinks.
+ONNX_FAMILIES = (
+    "apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text",
+    "glm", "glm4", "gpt_bigcode", "gpt_neox", "granite", "granite_swa", "helium", "hunyuan_v1_dense", "hyperclovax", "jais2",
+    "ministral", "ministral3", "mistral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3",
+    "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,11 @@ def test_tied_config_with_a_head_of_its_own(folder, tmp_path):
     assert "tie_word_embeddings" in refusal(folder, tmp_path)
 
 
+def test_an_architecture_that_only_onnx_can_express_is_told_so(folder, tmp_path):
+    edit_config(folder, model_type="gemma3_text")
+    assert "known to the ONNX export alone, not yet to pruning, smoothing and TFLite" in refusal(folder, tmp_path)
+
+
 @pytest.mark.parametrize("changes", [{"num_key_value_heads": 3}, {"num_attention_heads": 5, "head_dim": None}])
 def test_heads_that_do_not_divide(folder, tmp_path, changes):
     edit_config(folder, **changes)
