@@ -24,6 +24,7 @@ from exporters.onnx_values import attribute, without_bias
 
 FOLDED_ELEMENTS = 1024  # constants up to this size are computed at export: shapes and scalars, never weights
 SKIP_NORMS = {"SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization", "LayerNormalization": "SkipLayerNormalization"}
+ROW_BY_ROW = ("LayerNormalization", "SimplifiedLayerNormalization", "MatMul", "Add", "Mul", "Relu", "Gelu", "Tanh", "Sigmoid")
 MICROSOFT = "com.microsoft"
 
 
@@ -42,6 +43,7 @@ def fuse(model: ir.Model) -> PassCounts:
     common_passes.InlinePass()(model)
     fold_weight_transposes(model.graph)
     optimize_ir(model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS)
+    keep_batches(model.graph)
     rejoined = rejoin_heads(model.graph)
     drop_swaps_around_norms(model.graph)
     reshapes = sum(drop_head_reshapes(node) for node in attention_nodes(model.graph))
@@ -81,6 +83,42 @@ def fold_weight_transposes(graph: ir.Graph) -> None:
             graph.remove(node, safe=True)
         for node in gathers:
             _gather_columns(graph, node)
+
+
+def keep_batches(graph: ir.Graph) -> None:
+    """Where a model flattens batch and sequence for its FFN (OPT does) and parts them again, row by row nothing needs it.
+
+    Left flat, its norms could not take the residual in, and ONNX Runtime would make Gemm of products that are to be int8.
+    """
+    for start in [node for node in graph if node.op_type == "Reshape"]:
+        given, flat = start.inputs[0].shape, start.outputs[0].shape
+        if given is None or flat is None or (len(given), len(flat)) != (3, 2) or given[-1] != flat[-1]:
+            continue
+        inner, ends = _row_by_row(start.outputs[0])
+        if not ends or any(end.outputs[0].shape is None or list(end.outputs[0].shape) != list(given) for end in ends):
+            continue
+        for node in inner:
+            node.outputs[0].shape = ir.Shape([*given[:2], node.outputs[0].shape[-1]])
+        for end in ends:
+            end.outputs[0].replace_all_uses_with(end.inputs[0])
+        start.outputs[0].replace_all_uses_with(start.inputs[0])
+
+
+def _row_by_row(start: ir.Value) -> tuple[list[ir.Node], list[ir.Node]]:
+    """Nodes that work on each row of ``start`` alone, and the reshapes where they end; no ends where something else reads them."""
+    inner, ends, waiting = [], [], [start]
+    while waiting:
+        for node, _ in waiting.pop().uses():
+            if node.op_type == "Reshape":
+                ends.append(node)
+            elif node.op_type not in ROW_BY_ROW:
+                return [], []
+            elif node not in inner:
+                inner.append(node)
+                waiting.append(node.outputs[0])
+    known = {start, *(node.outputs[0] for node in inner)}
+    foreign = any(value not in known and not value.is_initializer() for node in inner for value in node.inputs)
+    return ([], []) if foreign else (inner, list(dict.fromkeys(ends)))
 
 
 def fuse_skip_norms(graph: ir.Graph) -> int:

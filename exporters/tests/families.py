@@ -81,7 +81,7 @@ FAMILIES = {
     "gpt2": Family(place="none", rotated=0, skip_norms=5),
     "gpt_neox": Family({**WIDE, "rotary_pct": 0.5}, skip_norms=2),
     "gpt_bigcode": Family(place="none", rotated=0, skip_norms=5),
-    "opt": Family({"ffn_dim": 48, "word_embed_proj_dim": 64}, place="none", rotated=0, skip_norms=1),
+    "opt": Family({"ffn_dim": 48, "word_embed_proj_dim": 64}, place="none", rotated=0, skip_norms=5),
     "biogpt": Family(place="none", rotated=0, skip_norms=5),
     "hunyuan_v1_dense": Family(HEAD_16, place="operator", not_fused=("rotation outside attention: the model changes q or k",)),
     "ernie4_5": Family(HEAD_16, interleaved=True),

@@ -57,6 +57,7 @@ def test_one_graph_computes_what_pytorch_does_and_keeps_its_fusions(name, tmp_pa
     assert len(found["not_fused"]) == len(family.not_fused)
     assert all(told.startswith(start) for told, start in zip(found["not_fused"], family.not_fused, strict=True))
     assert not PLAIN_ATTENTION & found["operators"].keys()
+    assert "Gemm" not in found["operators"]  # quantisation takes MatMul
     attentions = [node for node in onnx.load(path).graph.node if node.op_type == "GroupQueryAttention"]
     attributes = [{part.name: onnx.helper.get_attribute_value(part) for part in node.attribute} for node in attentions]
     assert tuple(part.get("local_window_size") for part in attributes) == family.windows
