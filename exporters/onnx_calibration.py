@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from exporters.onnx_session import empty_past, feed, open_session, past_names, present_name
+from exporters.onnx_session import empty_past, feed, open_session_of, past_names, present_name
 from models.errors import GateError
 from models.progress import track
 
@@ -118,7 +118,7 @@ def observing_session(model: onnx.ModelProto, names: list[str]) -> onnxruntime.I
     outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names]
     model.graph.output.extend(outputs)
     try:
-        return open_session(model.SerializeToString())
+        return open_session_of(model)
     finally:
         del model.graph.output[-len(outputs) :]
 

@@ -41,6 +41,22 @@ def write_external(tensors: Iterable[TensorProto], path: Path) -> dict[str, Exte
     return places
 
 
+def save_with_data(model: onnx.ModelProto, path: Path) -> None:
+    """Write ``model`` to ``path`` and its weights to a file beside it, whatever their size. The model is left as it was, and not copied."""
+    places = write_external(model.graph.initializer, path.with_name(path.name + ".data"))
+    graph = onnx.GraphProto(name=model.graph.name)
+    for field in ("node", "input", "output", "value_info"):
+        getattr(graph, field).extend(getattr(model.graph, field))
+    for tensor in model.graph.initializer:
+        if tensor.name in places:
+            graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            refer(graph.initializer[-1], places[tensor.name])
+        else:
+            graph.initializer.append(tensor)
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions, graph=graph)
+    path.write_bytes(light.SerializeToString())
+
+
 def refer(tensor: TensorProto, place: External) -> None:
     """Have ``tensor`` say where its bytes lie instead of holding them."""
     for field in ("raw_data", "float_data", "int32_data", "int64_data"):
@@ -49,13 +65,6 @@ def refer(tensor: TensorProto, place: External) -> None:
     del tensor.external_data[:]
     for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
         tensor.external_data.add(key=key, value=str(value))
-
-
-def require_one_file(parent: dict, artifact: str) -> None:
-    """UserError for a parent whose weights lie outside its graph file: calibration hands ONNX Runtime the graph as one message."""
-    if len(parent["files"]) > 1:
-        size = f"{parent['bytes'] / 1e9:.1f} GB of fp32 weights"
-        raise UserError(f"{artifact}: {size} are more than calibration for ONNX takes (1.8 GB); use a smaller model or prune more")
 
 
 def save_one_file(model: onnx.ModelProto, path: Path, artifact: str) -> None:

@@ -21,7 +21,7 @@ from onnx import TensorProto, numpy_helper
 from exporters.artifact import read_sidecar, write_sidecar
 from exporters.onnx_agreement import COMPARED_WINDOWS, compare_hybrid
 from exporters.onnx_calibration import Feeds
-from exporters.onnx_files import External, refer, require_one_file, write_external
+from exporters.onnx_files import External, refer, save_one_file, write_external
 from exporters.onnx_int8 import calibration_windows, static_int8
 from exporters.onnx_qdq import DEQUANTISED, drop_unused_initializers, linear_layers
 from exporters.onnx_structure import Structure, require_blocks, require_count, require_no_float, structure_of
@@ -59,7 +59,6 @@ class Graphs:
 def write_artifact(hybrid: Hybrid, out: Path, onnx: Path, text: Path) -> None:
     """Write both graphs, their weights and the sidecar. GateError unless every layer of both runs as it was chosen to."""
     parent = read_sidecar(onnx / f"{PARENT}.json")
-    require_one_file(parent, hybrid.name)
     source = onnx / parent["file"]
     windows = calibration_windows(text, static_settings(hybrid.settings))
     model = onnx_format.load(source)
@@ -68,7 +67,7 @@ def write_artifact(hybrid: Hybrid, out: Path, onnx: Path, text: Path) -> None:
     del model
     decode, prompt, data = (out / f"{hybrid.name}{suffix}" for suffix in (".onnx", ".prompt.onnx", ".data"))
     whole = prompt.with_suffix(".whole")  # with its matrices inside: what is checked, and not kept
-    onnx_format.save(graphs.prompt, whole)
+    save_one_file(graphs.prompt, whole, hybrid.name)
     weights = take_weights_out(graphs, data)
     onnx_format.save(graphs.decode, decode)
     onnx_format.save(graphs.prompt, prompt)

@@ -14,7 +14,7 @@ import onnx as onnx_format
 from exporters.artifact import read_sidecar, write_sidecar
 from exporters.onnx_agreement import COMPARED_WINDOWS, Agreement, compare
 from exporters.onnx_calibration import Feeds, Range, activation_ranges
-from exporters.onnx_files import require_one_file
+from exporters.onnx_files import save_one_file
 from exporters.onnx_mixed import Form, forms_to_try, layers_to_leave, mixed, named_layers, require_mixed
 from exporters.onnx_qdq import Scheme, bits_per_weight, linear_layers, quantise
 from exporters.onnx_rounding import compensate
@@ -32,7 +32,6 @@ LIBRARIES = ("onnx", "onnxruntime", "numpy", "scipy")
 def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
     """Write onnx_static_int8.onnx and its sidecar. GateError unless ONNX Runtime runs every layer in the form chosen for it."""
     parent = read_sidecar(onnx / f"{PARENT}.json")
-    require_one_file(parent, NAME)
     source, path = onnx / parent["file"], out / f"{NAME}.onnx"
     model = onnx_format.load(source)
     kept_float = named_layers(model, settings.keep_float)
@@ -45,7 +44,7 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
     left = layers_to_leave(switched, ranking, targets)
     del switched  # two models in one
     for forms in forms_to_try(left, ranking, kept_float):
-        onnx_format.save(mixed(model, quantised, scheme, forms) if forms else quantised, path)
+        save_one_file(mixed(model, quantised, scheme, forms) if forms else quantised, path, NAME)
         tried.append((forms, compare(source, path, windows, NAME)))
         if not targets.missed(tried[-1][1]):
             break

@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from exporters.onnx_agreement import Agreement, agreement_of, logprob
 from exporters.onnx_qdq import linear_layers
-from exporters.onnx_session import empty_past, feed, open_session
+from exporters.onnx_session import empty_past, feed, open_session_of
 from exporters.onnx_structure import is_token_gather
 from models.progress import track
 
@@ -49,7 +49,7 @@ class Switched:
         switched = onnx.ModelProto()
         switched.CopyFrom(quantised)
         self.names = add_switches(switched.graph, model.graph)
-        self.session = open_session(switched.SerializeToString())
+        self.session = open_session_of(switched)
         first = self._logits(windows[0], frozenset())
         self.windows = windows[: max(1, EXPECTED_BYTES // first.nbytes)]
         self.expected = [first, *(self._logits(window, frozenset()) for window in self.windows[1:])]

@@ -1,21 +1,35 @@
 """Running an exported decoder in ONNX Runtime, with the cache handed on or in one shared buffer."""
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
+
+from exporters.onnx_files import save_with_data
 
 WARNINGS_OFF = 3  # ORT's severity "error": it warns about operators that run on the CPU on purpose
 
 
-def open_session(model: Path | bytes, level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL) -> onnxruntime.InferenceSession:
-    """A CPU session; ``model`` is a file or a serialised model."""
+def open_session(model: Path, level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL) -> onnxruntime.InferenceSession:
+    """A CPU session of a file."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = WARNINGS_OFF
     options.graph_optimization_level = level
-    source = str(model) if isinstance(model, Path) else model
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def open_session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """A CPU session of a model in memory, of any size: its weights go through a file that the session maps and that has no name any more.
+
+    Handed over as one message they would be in memory twice more, and 2 GiB at most.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_with_data(model, path)
+        return open_session(path)
 
 
 def past_names(session: onnxruntime.InferenceSession) -> list[str]:

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from exporters.artifact import read_sidecar, write_sidecar
 from exporters.onnx_agreement import COMPARED_WINDOWS, compare
-from exporters.onnx_files import require_one_file, save_one_file
+from exporters.onnx_files import save_one_file
 from exporters.onnx_qdq import drop_unused_initializers, linear_layers
 from exporters.onnx_rounding import weight_grams
 from exporters.onnx_structure import Structure, is_token_gather, require_blocks, structure_of
@@ -52,8 +52,6 @@ def write_artifact(variant: Variant, out: Path, onnx: Path, text: Path) -> None:
     """Write the graph and its sidecar. GateError unless every linear layer and the embedding run from blocks."""
     parent = read_sidecar(onnx / f"{PARENT}.json")
     source, path = onnx / parent["file"], out / f"{variant.name}.onnx"
-    if variant.settings.rounding != "nearest":
-        require_one_file(parent, variant.name)
     model = onnx_format.load(source)
     layers = linear_layers(model)
     matrices = quantised_matrices(model, variant, np.load(text / "calibration.npy")[: variant.settings.windows])

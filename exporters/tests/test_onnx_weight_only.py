@@ -29,7 +29,7 @@ from exporters.weight_blocks import (
 )
 from models.errors import GateError, UserError
 
-LINEAR_PER_LAYER = {"llama": 5, "qwen3": 7, "gpt2": 4}  # packed q, k and v are one; the head comes on top
+LINEAR_PER_LAYER = {"llama": 5, "qwen3": 5, "gpt2": 4}  # packed q, k and v are one; the head comes on top
 LAYOUTS = [Layout(8, 32, True), Layout(8, 16, False), Layout(4, 16, False), Layout(4, 32, True)]
 
 
