@@ -162,7 +162,7 @@ def run_once(runs: Runs, feed: Feed, plan: BenchPlan, scored: bool, limit_s: flo
         runs.failure = how_it_ended(code, words, limit_s)
         return
     timing = json.loads(said.splitlines()[-1])
-    runs.wall_s.append(time.perf_counter() - started)
+    runs.wall_s.append(time.perf_counter() - started - timing["scoring_s"])
     runs.quality = timing["quality"] or runs.quality
     shorter = timing["context_tokens"] != feed.interface["context_tokens"]
     notes = [*timing["notes"], *([f"a cache of {timing['context_tokens']} tokens"] if shorter else [])]

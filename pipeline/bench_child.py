@@ -5,6 +5,7 @@ The peers' own environments import this too: the standard library, numpy and ``d
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -55,12 +56,14 @@ class Order:
 
 
 def answer(prepare: Prepare, order: Order) -> dict:
-    """Time and, if asked for, score: the fields of ``timing_fields``, ``quality`` (None: not asked for), ``notes``."""
+    """Time and, if asked for, score: the fields of ``timing_fields``, ``quality`` (None: not asked for) and its seconds, ``notes``."""
     prompt = np.load(order.prompt, allow_pickle=False)
     session, timing = measure(prepare(order), prompt, order.decode_tokens, order.lengths)
     found = {**timing_fields(timing), "timing": asdict(timing), "context_tokens": session.interface.context_tokens, "quality": None}
+    start = time.perf_counter()
     if order.golden is not None:
         found["quality"] = quality_record(evaluate(session, open_evaluation(Path(order.golden), session.interface)))
+    found["scoring_s"] = time.perf_counter() - start
     found["notes"] = [*found["notes"], *getattr(session, "notes", [])]
     return found
 
