@@ -5,8 +5,9 @@ from pathlib import Path
 
 from models.errors import UserError
 from pipeline.bench_record import FP32, by_name, main_prompt, times_as_fast
-from pipeline.bench_rows import TORCH
+from pipeline.bench_rows import PEER, TORCH
 from pipeline.bench_targets import VERDICT_COLUMNS, verdict_rows, verdicts
+from pipeline.peers.table import peers
 from pipeline.table import markdown, shown
 
 RECORD, PAGE = "bench.json", "bench.md"
@@ -133,11 +134,13 @@ def machine(size: dict) -> str:
     if found is None:
         return "What machine it was is not recorded."
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    peers = {row["row"].rsplit(" ", 1)[0]: row["version"] for row in size["rows"] if row["group"] == "peer" and row["version"]}
+    told = [row for row in size["rows"] if row["group"] == PEER and row["version"]]
+    theirs = {peer.title: row["version"] for peer in peers() for row in told if row["row"].startswith(f"{peer.title} ")}
     memory = ", ".join(f"{threads}: {shown(each['median'], '.1f')}" for threads, each in size["bandwidth_gb_s"].items())
-    named = ", ".join(f"{name} {version}" for name, version in peers.items())
+    named = ", ".join(f"{name} {version}" for name, version in theirs.items())
     return (
         f"Measured {size['measured_at']} on {found['cpu'] or found['isa']}, {found['cores']} cores ({' '.join(found['cpu_flags'])}), "
         f"{shown(found['memory_mb'], '.0f')} MB of memory, {found['system']}, {found['kernel']}, Python {found['python']}; "
-        f"{versions}{'; ' + named if named else ''}. Memory bandwidth in GB/s by threads: {memory}."
+        f"{versions}{'; ' + named if named else ''}. Memory bandwidth in GB/s by threads: {memory}. "
+        f"Load average of the last quarter of an hour when it ended: {found['load_average'][2]:.1f}."
     )

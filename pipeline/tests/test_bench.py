@@ -50,11 +50,12 @@ def size() -> dict:
     }
     hung = row_record(Runs(Row("tflite_fp32 in tflite", bench_rows.OURS), 2, failure="no result after 7 s"), 10.0)
     absent = row_record(Runs(Row("llama.cpp Q8_0", bench_rows.PEER, missing="not installed; run: make bench-peers"), 2), 10.0)
+    genai = row_record(Runs(Row("onnxruntime-genai int8 block 128", bench_rows.PEER, version="9.9"), 2, [timing(9.0, 90.0)]), 10.0)
     board = {"cpu": "a processor", "cores": 2, "cpu_flags": ["avx2"], "memory_mb": 1.0, "system": "x", "kernel": "y", "python": "3"}
     return {
         "name": "demo", "about": "a model", "how": "quickly", "threads": [2], "parameters": 5, "stages": [], "measured_at": "today",
-        "environment": {**board, "isa": "x86_64", "versions": {"torch": "2"}}, "bandwidth_gb_s": {"2": {"median": 10.0, "rounds": [10.0]}},
-        "rows": [*(measured(label, *numbers) for label, numbers in speeds.items()), hung, absent],
+        "environment": {**board, "isa": "x86_64", "versions": {"torch": "2"}, "load_average": [1.0, 2.0, 3.0]}, "bandwidth_gb_s": {"2": {"median": 10.0, "rounds": [10.0]}},
+        "rows": [*(measured(label, *numbers) for label, numbers in speeds.items()), hung, absent, genai],
     }  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def test_rows_without_a_result_are_there_and_say_why(size):
     assert lines["llama.cpp Q8_0"][-1] == "not installed; run: make bench-peers"
     text = page({"sizes": {"demo": size}}, [])
     assert "no result after 7 s" in text and "make bench-peers" in text and "a processor" in text
+    assert "onnxruntime-genai 9.9." in text and "when it ended: 3.0" in text
 
 
 def test_medians_and_spread_are_over_rounds():
