@@ -54,7 +54,8 @@ def size() -> dict:
     board = {"cpu": "a processor", "cores": 2, "cpu_flags": ["avx2"], "memory_mb": 1.0, "system": "x", "kernel": "y", "python": "3"}
     return {
         "name": "demo", "about": "a model", "how": "quickly", "threads": [2], "parameters": 5, "stages": [], "measured_at": "today",
-        "environment": {**board, "isa": "x86_64", "versions": {"torch": "2"}, "load_average": [1.0, 2.0, 3.0]}, "bandwidth_gb_s": {"2": {"median": 10.0, "rounds": [10.0]}},
+        "environment": {**board, "isa": "x86_64", "versions": {"torch": "2"}, "load_average": [1.0, 2.0, 3.0]},
+        "bandwidth_gb_s": {"2": {"median": 10.0, "rounds": [10.0]}},
         "rows": [*(measured(label, *numbers) for label, numbers in speeds.items()), hung, absent, genai],
     }  # fmt: skip
 
