@@ -154,7 +154,8 @@ def prices(
     quick: Annotated[bool, typer.Option(help="fewer rows and shorter recovery")] = False,
     only_kept: Annotated[bool, typer.Option("--only-kept", help="leave out what was not made before")] = False,
     keep_artifacts: Annotated[
-        bool, typer.Option("--keep-artifacts", help="leave the rows of artifacts as prices.json has them, whatever version measured them")
+        bool,
+        typer.Option("--keep-artifacts", help="measure no row of an artifact again that prices.json has, whatever version measured it"),
     ] = False,
     work: Work = WORK,
     out: Annotated[Path, typer.Option(help="folder that prices.json, prices.md and the plots are written to")] = Path("docs"),

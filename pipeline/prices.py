@@ -34,7 +34,7 @@ Tell = Callable[[str, str], None]
 class Prices:
     """Where rows are kept, how many there are, whether only those are wanted that were measured before, and what was found earlier.
 
-    ``keep_artifacts``: the earlier rows of artifacts stay as they are, whatever version measured them.
+    ``keep_artifacts``: the earlier rows of artifacts stay as they are, whatever version measured them; new ones are measured.
     """
 
     work: Path
@@ -55,7 +55,7 @@ def measure_prices(prices: Prices, tell: Tell) -> dict:
     tell("dense, trained on", "runs")
     control = priced_control(prices.work, None, steps, dense, "auto", prices.earlier)
     models.insert(1, {"name": "dense, trained on", "kind": "dense", "share": 0.0, "recovered": True, **control, "seconds": {}})
-    artifacts, measured_by, missing = priced_artifacts(prices, tell)
+    artifacts, missing = priced_artifacts(prices, tell)
     return {
         "left_out": [row.name + (" recovered" if getattr(row, "recovered", False) else "") for row in (*left_out, *missing)],
         "quick": prices.quick,
@@ -66,7 +66,6 @@ def measure_prices(prices: Prices, tell: Tell) -> dict:
         "models": models,
         "long": {} if prices.quick else measure_long(prices.work, dense, prices.earlier, tell),
         "artifacts": artifacts,
-        "artifacts_measured_by": measured_by,
     }
 
 
@@ -122,20 +121,30 @@ def artifact_goals(row: ArtifactRow) -> tuple[str, str]:
     return "golden", next(stage for stage, artifact in ARTIFACT_OF_STAGE.items() if artifact == row.artifact)
 
 
-def priced_artifacts(prices: Prices, tell: Tell) -> tuple[list[dict], dict, list[ArtifactRow]]:
-    """Every row of artifacts, who measured them, and the rows that were left out. All earlier ones, or all of this machine."""
+def priced_artifacts(prices: Prices, tell: Tell) -> tuple[list[dict], list[ArtifactRow]]:
+    """Every row of artifacts, and the rows that were left out. Times want one machine: all earlier rows, or all of this one.
+
+    With ``keep_artifacts`` all earlier ones, and those of this machine that are new; each says who measured it.
+    """
     wanted = artifact_rows(prices.quick, tuple(ARTIFACT_OF_STAGE.values()))
     keys = [key_of_artifact(row, prices.work) for row in wanted]
-    if (known := prices.earlier.artifacts(keys, prices.keep_artifacts)) is not None:
-        return known, prices.earlier.found["artifacts_measured_by"], []
-    missing = [row for row in wanted if prices.only_kept and not is_made(row, prices.work)]
-    found = [
-        {**entry, "key": key}
-        for row, key in zip(wanted, keys, strict=True)
+    earlier = prices.earlier.found.get("artifacts", [])
+    known = {entry["name"] for entry in earlier}
+    if not prices.keep_artifacts:
+        if earlier and {entry["key"] for entry in earlier} >= set(keys):
+            return earlier, []
+        known, earlier = set(), []
+    new = [(row, key) for row, key in zip(wanted, keys, strict=True) if row.name not in known]
+    missing = [row for row, _ in new if prices.only_kept and not is_made(row, prices.work)]
+    found = {
+        row.name: [{**entry, "key": key, "measured_by": measured_here()} for entry in priced_artifact(row, prices, tell)]
+        for row, key in new
         if row not in missing
-        for entry in priced_artifact(row, prices, tell)
-    ]
-    return found, measured_here(), missing
+    }
+    for entry in earlier:
+        found.setdefault(entry["name"], []).append(entry)
+    order = [row.name for row in wanted if row.name in found] + [name for name in found if name not in {row.name for row in wanted}]
+    return [entry for name in order for entry in found[name]], missing
 
 
 def priced_artifact(row: ArtifactRow, prices: Prices, tell: Tell) -> list[dict]:

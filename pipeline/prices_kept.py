@@ -33,13 +33,6 @@ class Earlier:
         """The rows of ``models``, ``artifacts`` or ``long`` with this key."""
         return [row for row in self.found.get(part, ()) if row.get("key") == key]
 
-    def artifacts(self, keys: list[str], whatever_version: bool) -> list[dict] | None:
-        """All rows of artifacts, or None where one of ``keys`` is missing; ``whatever_version``: all that there are, as they are."""
-        rows = self.found.get("artifacts", [])
-        if whatever_version or {row.get("key") for row in rows} >= set(keys):
-            return rows or None
-        return None
-
 
 def row_key(kind: str, parts: list) -> str:
     """16 hex digits over what decides a row: keys of stages, and the code that measures."""

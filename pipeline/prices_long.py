@@ -22,7 +22,7 @@ from pipeline.course import learning_rate_at, training_windows
 from pipeline.gradual import last_pruning_step
 from pipeline.prices_kept import Earlier, kept, row_key, stage_keys
 from pipeline.prices_measure import Dense
-from pipeline.prices_plan import BATCH_WINDOWS, CONTROL_STEPS, LongRow, long_rows
+from pipeline.prices_plan import BATCH_WINDOWS, LONG_STEPS, LongRow, long_rows
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recover import course_of
 from pipeline.report import read_json
@@ -61,7 +61,7 @@ def measure_long(work: Path, dense: Dense, earlier: Earlier, tell: Tell) -> dict
     rows = [priced_long(row, work, dense, earlier, tell) for row in long_rows()]
     return {
         "rows": rows,
-        "control": priced_control(work, text, CONTROL_STEPS, dense, PRECISION, earlier),
+        "control": priced_control(work, text, LONG_STEPS, dense, PRECISION, earlier),
         "text_bytes": text.stat().st_size,
     }
 

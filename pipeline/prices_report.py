@@ -80,10 +80,17 @@ CLUSTER_NOTE = (
 
 
 def measured_where(found: dict) -> str:
-    """Which version and machine the artifacts' rows are from."""
-    by = found["artifacts_measured_by"]
-    cpu = by["cpu"] or "a processor whose name was not recorded"
-    return f"All of them were measured by version {by['version']} on {by['cores']} cores of {cpu} ({by['isa']})."
+    """Which version and machine the artifacts' rows are from; rows that are not from the first row's are named."""
+    rows: dict[str, list[str]] = {}
+    for row in found["artifacts"]:
+        by = row["measured_by"]
+        cpu = by["cpu"] or "a processor whose name was not recorded"
+        rows.setdefault(f"by version {by['version']} on {by['cores']} cores of {cpu} ({by['isa']})", []).append(row["name"])
+    first, *others = rows
+    if not others:
+        return f"All of them were measured {first}."
+    told = [f"{', '.join(dict.fromkeys(rows[where]))} {where}" for where in others]
+    return f"They were measured {first}, but {'; '.join(told)}: times of different runs are not to be compared."
 
 
 def introduction(found: dict) -> str:

@@ -58,6 +58,7 @@ class Recipe(StageSettings):
     artifacts: Annotated[tuple[str, ...], Field(min_length=1, description="what the bundle holds")] = (
         "onnx_fp32",
         "onnx_static_int8",
+        "onnx_hybrid_int8",
         "tflite_fp32",
         "tflite_static_int8",
     )

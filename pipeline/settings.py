@@ -121,7 +121,7 @@ class DeviceSettings(StageSettings):
     )
     threads: int = Field(1, ge=1, le=64, description="threads that a runtime may use")
     rounds: int = Field(3, ge=1, description="fresh processes that time each artifact, of which medians are taken")
-    emulated_windows: int = Field(4, ge=1, description="evaluation windows scored on emulated devices, which are slow")
+    emulated_windows: int = Field(3, ge=1, description="evaluation windows scored on emulated devices, which are slow")
     same_top1: float = Field(0.99, ge=0, le=1, description="smallest share of first choices equal to those on this machine")
     same_perplexity: float = Field(
         0.001, ge=0, description="largest change of perplexity, up or down, against the same artifact on this machine, fraction"

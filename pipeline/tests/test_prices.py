@@ -17,7 +17,7 @@ from pipeline.prices_kept import Earlier, kept, row_key
 from pipeline.prices_long import long_recipe, recovery_text
 from pipeline.prices_measure import Dense, as_int8, weight_bytes
 from pipeline.prices_plan import artifact_rows, long_rows, model_rows
-from pipeline.prices_report import pareto_front, prices_page
+from pipeline.prices_report import measured_where, pareto_front, prices_page
 from pipeline.prices_report_long import below, long_section
 from pipeline.recipe import ROOT, load_recipe
 from pipeline.settings import PruneSettings
@@ -128,25 +128,35 @@ def test_keys_tell_recipes_kinds_and_measuring_code_apart(tmp_path, monkeypatch)
 def test_artifacts_are_taken_over_together_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.prices.artifact_rows", lambda *_: [row for row in artifact_rows(True, ARTIFACTS) if not row.outliers][:2])
     wanted = [row for row in artifact_rows(True, ARTIFACTS) if not row.outliers][:2]
-    known = [{"name": row.name, "key": key_of_artifact(row, tmp_path)} for row in wanted]
-    monkeypatch.setattr("pipeline.prices.priced_artifact", lambda row, *_: [{"name": row.name, "new": True}])
     by = {"version": "of old"}
+    known = [{"name": row.name, "key": key_of_artifact(row, tmp_path), "measured_by": by} for row in wanted]
+    monkeypatch.setattr("pipeline.prices.priced_artifact", lambda row, *_: [{"name": row.name, "new": True}])
 
     def found(artifacts: list[dict], **options) -> tuple:
-        prices = Prices(tmp_path, quick=True, earlier=Earlier({"artifacts": artifacts, "artifacts_measured_by": by}), **options)
-        return priced_artifacts(prices, lambda *_: None)
+        return priced_artifacts(Prices(tmp_path, quick=True, earlier=Earlier({"artifacts": artifacts}), **options), lambda *_: None)
 
-    assert found(known) == (known, by, [])
+    assert found(known) == (known, [])
     one_changed = [known[0], {**known[1], "key": "0" * 16}]
-    again, measured_by, missing = found(one_changed)
-    assert [entry["new"] for entry in again] == [True, True] and measured_by["cores"] and not missing
-    assert found(one_changed, keep_artifacts=True) == (one_changed, by, [])
-    assert found(one_changed, only_kept=True)[2] == wanted  # nothing was made in this folder
+    again, missing = found(one_changed)
+    assert [entry["new"] for entry in again] == [True, True] and again[0]["measured_by"]["cores"] and not missing
+    assert found(one_changed, keep_artifacts=True) == (one_changed, [])
+    assert found(one_changed, only_kept=True)[1] == wanted  # nothing was made in this folder
+    filled, missing = found(known[1:], keep_artifacts=True)
+    assert [entry.get("new") for entry in filled] == [True, None] and filled[1] == known[1] and not missing
+
+
+def test_rows_of_different_machines_are_told_apart():
+    by = {"version": "abc", "cpu": None, "cores": 2, "isa": "x86_64"}
+    rows = [{"name": "one", "measured_by": by}, {"name": "two", "measured_by": {**by, "version": "def", "cpu": "A"}}]
+    assert measured_where({"artifacts": rows[:1]}) == (
+        "All of them were measured by version abc on 2 cores of a processor whose name was not recorded (x86_64)."
+    )
+    assert "but two by version def on 2 cores of A (x86_64): times of different runs" in measured_where({"artifacts": rows})
 
 
 def test_every_committed_row_has_a_key_or_says_who_measured_it():
     found = json.loads((ROOT / "docs" / "prices.json").read_text(encoding="utf-8"))
-    assert all(row["key"] for row in found["models"]) and found["artifacts_measured_by"]["version"]
+    assert all(row["key"] for row in found["models"]) and all(row["measured_by"]["version"] for row in found["artifacts"])
     keys = [row["key"] for row in found["models"]]
     assert len(set(keys)) == len(keys)
 
