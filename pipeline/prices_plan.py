@@ -47,6 +47,7 @@ class LongRow:
 
 
 LONG_STEPS = 1700
+GROUP_ROWS = 64  # output rows that share centroids, in the row of clusters by group
 
 
 def long_rows() -> tuple[LongRow, ...]:
@@ -137,6 +138,8 @@ def cluster_rows(steps: int) -> list[ModelRow]:
     for centroids in (256, 64, 16):
         overrides = (*DENSE, "smooth.enabled=false", f"cluster.centroids={centroids}")
         rows.append(ModelRow(f"{centroids} centroids", "clusters", 0.0, False, overrides, "cluster"))
+    grouped = (*DENSE, "smooth.enabled=false", "cluster.centroids=16", f"cluster.group_rows={GROUP_ROWS}")
+    rows.append(ModelRow(f"16 centroids for every {GROUP_ROWS} rows", "clusters", 0.0, False, grouped, "cluster"))
     for share, centroids in ((0.5, 16), (0.9, 15)):
         overrides = ("prune.ffn=0", "prune.method=sparsegpt", f"prune.sparsity={share}", *recovery(steps))
         overrides += ("smooth.enabled=false", f"cluster.centroids={centroids}")
