@@ -18,8 +18,11 @@ ARTIFACT_OF_STAGE = stages_of(load_recipe(None, []).artifacts)
 STAGES = (*RECORDS, *ARTIFACT_OF_STAGE, "tokenizer")
 
 
+ARTIFACTS = ("onnx_fp32", "onnx_static_int8", "tflite_fp32", "tflite_static_int8")  # whatever the default recipe has
+
+
 def fake_recipe(name: str = "tiny") -> Recipe:
-    return load_recipe(None, [f'name="{name}"'])
+    return load_recipe(None, [f'name="{name}"', f"artifacts={json.dumps(ARTIFACTS)}"])
 
 
 def fake_road(root: Path, parity: bool = True, sampled: bool = False) -> dict[str, Path]:
