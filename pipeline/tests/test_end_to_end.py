@@ -26,12 +26,15 @@ SMALL = {
     # A random model has no favourite token, so a trained model's limits on int8 would judge chance.
     "gates.onnx_static_int8.top1": 0.5, "gates.onnx_static_int8.perplexity_change": 0.2,
     "gates.onnx_weight_only_int8.perplexity_change": 0.2, "gates.onnx_weight_only_int4.perplexity_change": 0.5,
+    "gates.onnx_hybrid_int8.perplexity_change": 0.2, "gates.onnx_hybrid_int4.perplexity_change": 0.5,
+    "onnx_hybrid_int8.windows": 4, "onnx_hybrid_int8.decode_steps": 4, "onnx_hybrid_int4.windows": 4, "onnx_hybrid_int4.decode_steps": 4,
     "gates.tflite_static_int8.top1": 0.5, "gates.tflite_static_int8.perplexity_change": 0.2,
 }  # fmt: skip
 # The road with a text also goes by single weights and through the artifacts that are made on demand.
 BESIDE = {"prune.method": "sparsegpt", "prune.sparsity": 0.3, "cluster.centroids": 200}
-ON_DEMAND = ("onnx_dynamic_int8", "onnx_weight_only_int8", "onnx_weight_only_int4", "tflite_dynamic_int8", "tflite_weight_only_int8")
-RUNTIMES = {"onnx_fp32": {"onnxruntime"}, "onnx_static_int8": {"onnxruntime"}}
+ON_DEMAND = ("onnx_dynamic_int8", "onnx_weight_only_int8", "onnx_weight_only_int4", "onnx_hybrid_int4")
+ON_DEMAND += ("tflite_dynamic_int8", "tflite_weight_only_int8")
+RUNTIMES = {"onnx_fp32": {"onnxruntime"}, "onnx_static_int8": {"onnxruntime"}, "onnx_hybrid_int8": {"onnxruntime"}}
 RUNTIMES |= {"tflite_fp32": {"litert", "tflite"}, "tflite_static_int8": {"litert", "tflite"}}
 
 
@@ -86,7 +89,9 @@ def test_every_artifact_passed_in_every_runtime(built):
     assert (family == "gpt2") == bool(arm64) or report["skipped"], "every bundle meets ARM64 unless its recipe says otherwise"
     assert all(met[name]["isa"] == "aarch64" and met[name]["against_local"]["top1"] > 0.9 for name in arm64)
     for artifact in report["artifacts"]:
-        assert artifact["bytes"] == (next((place.folder / said["folder"]).rglob(artifact["file"]))).stat().st_size
+        sidecar = next((place.folder / said["folder"]).rglob(f"{artifact['name']}.json"))
+        files = [sidecar.parent / file["path"] for file in json.loads(sidecar.read_text())["files"]]
+        assert artifact["bytes"] == sum(file.stat().st_size for file in files)
         if artifact["name"].endswith("fp32"):
             assert artifact["quality"]["top1"] == 1.0 and all(device["max_abs_diff"] <= 5e-5 for device in artifact["devices"])
 
