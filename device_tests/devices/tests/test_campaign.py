@@ -176,7 +176,7 @@ def test_a_later_round_that_fails_fails_the_whole():
     device = {"prompts": [], "decode_ms": [1.0], "notes": [], "failures": [], "passed": True}
     device |= dict.fromkeys(("load_cold_ms", "load_ms", "first_token_ms", "first_token_cold_ms", "decode_ms_p50", "decode_ms_p90"), 1.0)
     device |= dict.fromkeys(("decode_ms_p99", "prefill_tokens_per_s", "decode_tokens_per_s", "baseline_rss_mb"), 1.0)
-    device |= dict.fromkeys(("load_rss_mb", "peak_rss_mb"), 1.0)
+    device |= dict.fromkeys(("host_us_per_token", "load_rss_mb", "peak_rss_mb"), 1.0)
     worse = {**device, "decode_tokens_per_s": None, "failures": ["died by signal SIGILL"], "passed": False}
     found = merged([{"device": device}, {"device": {**device, "first_token_ms": 3.0}}, {"device": worse}])["device"]
     assert not found["passed"] and found["failures"] == ["died by signal SIGILL"] and found["first_token_ms"] == 2.0

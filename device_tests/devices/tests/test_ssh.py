@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from device_tests.artifact import sha256_of
+from device_tests.artifact import read_artifact, sha256_of
 from device_tests.devices import DeviceUnavailable, open_device, ssh, ssh_environment, ssh_line
 from device_tests.devices.job import Job, Run
 from device_tests.devices.lab import lab_at
@@ -140,7 +140,7 @@ def test_an_artifact_runs_on_the_board_and_nothing_of_it_stays(board, toy, told,
     measured = result["device"]
     assert measured["passed"], measured["failures"]
     assert measured["device"] == "ssh://board" and measured["threads"] == 2 and measured["top1"] == 1.0 and measured["decode_ms"]
-    assert result["quality"]["tokens"] == 39 and result["sha256"] == json.loads((toy / "toy.json").read_text())["sha256"]
+    assert result["quality"]["tokens"] == 39 and result["sha256"] == read_artifact(toy / "toy.json").sha256
     assert "nll" in np.load(run.tokens).files and np.load(run.answers).files
     assert board.left() == []
     assert "sent from here" not in str(told) and "runtimes stay there for the next run" in str(told)
