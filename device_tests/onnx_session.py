@@ -7,7 +7,6 @@ neither the cache nor, but for one row after a prompt, the logits.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -115,30 +114,3 @@ class OnnxSession:
 def cache_names(interface: Interface) -> list[str]:
     """Key and value of every layer in turn, as the tensors' names end."""
     return [f"{layer}.{kind}" for layer in range(interface.layers) for kind in ("key", "value")]
-
-
-def open_model(artifact: Artifact, ort, threads: int) -> OnnxSession:
-    """Open with CPU kernels and ``threads`` intra-op threads. ArtifactFailure when it cannot be opened or has other tensors."""
-    wanted = {"input_ids", "attention_mask", *(f"past_key_values.{name}" for name in cache_names(artifact.interface))}
-
-    def open_graph(path: Path, given: dict):
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors only: they arrive as exceptions, stderr is for the verdict
-        if given:
-            options.add_external_initializers(list(given), list(given.values()))
-        try:
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # see above
-            raise ArtifactFailure(f"onnxruntime cannot open {path.name}: {error}") from error
-        differing = wanted ^ {tensor.name for tensor in session.get_inputs()}
-        if differing:
-            raise ArtifactFailure(f"{path.name}: inputs differ from the contract in {', '.join(sorted(differing)[:3])}")
-        return session
-
-    if artifact.prompt is not None:
-        from device_tests.onnx_hybrid import open_hybrid  # that module builds on this one
-
-        return open_hybrid(artifact, open_graph, ort)
-    return OnnxSession(artifact, open_graph(artifact.path, {}), ort)

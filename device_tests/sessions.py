@@ -18,7 +18,7 @@ from device_tests.errors import DeviceTestError
 
 # runtime -> (format that it runs, module of ours that drives it, module that is imported, name for pip)
 RUNTIMES = {
-    "onnxruntime": ("onnx", "device_tests.onnx_session", "onnxruntime", "onnxruntime"),
+    "onnxruntime": ("onnx", "device_tests.onnx_model", "onnxruntime", "onnxruntime"),
     "litert": ("tflite", "device_tests.tflite_session", "ai_edge_litert.interpreter", "ai-edge-litert"),
     "tflite": ("tflite", "device_tests.tflite_session", "tflite_runtime.interpreter", "tflite-runtime"),
 }

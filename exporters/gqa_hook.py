@@ -8,7 +8,7 @@ and sinks are the operator's. What may be fused was proved by ``exporters.fusion
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import torch
@@ -113,7 +113,7 @@ class GroupQueryDecoder(nn.Module):
         if not missing:
             return call
         query, key, value = (functional.pad(tensor, (0, missing)) for tensor in (call.query, call.key, call.value))
-        return AttentionCall(**{**vars(call), "query": query, "key": key, "value": value})
+        return replace(call, query=query, key=key, value=value)
 
     def table_of(self, call: tuple) -> Table:
         name = self.table_names[call]

@@ -86,8 +86,10 @@ class Extremes:
         return Range(self.low, self.high, max(self.squares / self.count - mean * mean, 0.0) ** 0.5)
 
 
-def activation_ranges(model: onnx.ModelProto, names: list[str], feeds: Feeds, calibrator: Calibrator) -> dict[str, Range]:
-    """The range to represent per tensor of ``names``. GateError where a tensor holds NaN or infinity.
+def activation_ranges(
+    model: onnx.ModelProto, names: list[str], feeds: Feeds, calibrator: Calibrator, artifact: str = "onnx_static_int8"
+) -> dict[str, Range]:
+    """The range to represent per tensor of ``names``. GateError, naming ``artifact``, where a tensor holds NaN or infinity.
 
     A tensor of equal values keeps its minimum and maximum with every calibrator: int8 holds zero and one other number exactly.
     """
@@ -97,7 +99,7 @@ def activation_ranges(model: onnx.ModelProto, names: list[str], feeds: Feeds, ca
     ranges = {name: found.range() for name, found in extremes.items()}
     for name, found in ranges.items():
         if not np.isfinite([found.low, found.high]).all():
-            raise GateError(f"onnx_static_int8: {name} holds NaN or infinity on the calibration text; check the fp32 model")
+            raise GateError(f"{artifact}: {name} holds NaN or infinity on the calibration text; check the fp32 model")
     spread = [name for name, found in ranges.items() if found.high > found.low]
     if calibrator == "minmax" or not spread:
         return ranges

@@ -25,8 +25,8 @@ from exporters.onnx_files import External, refer, save_one_file, write_external
 from exporters.onnx_int8 import calibration_windows, static_int8
 from exporters.onnx_qdq import DEQUANTISED, drop_unused_initializers, linear_layers
 from exporters.onnx_structure import Structure, require_blocks, require_count, require_no_float, structure_of
-from exporters.onnx_weight_only import ACCURACY_LEVEL, Variant, bits_per_weight, insert, quantised_matrices, stored, token_tables
-from exporters.settings import OnnxHybridInt4Settings, OnnxHybridInt8Settings, OnnxInt8Settings
+from exporters.onnx_weight_only import ACCURACY_LEVEL, Variant, bits_per_weight, by_input, insert, quantised_matrices, stored, token_tables
+from exporters.settings import OnnxHybridInt4Settings, OnnxHybridInt8Settings, OnnxInt8Settings, StaticInt8Settings
 from exporters.weight_blocks import Blocks, Layout, covering_grid, quantise_matrix
 from models.errors import GateError
 
@@ -60,7 +60,7 @@ def write_artifact(hybrid: Hybrid, out: Path, onnx: Path, text: Path) -> None:
     """Write both graphs, their weights and the sidecar. GateError unless every layer of both runs as it was chosen to."""
     parent = read_sidecar(onnx / f"{PARENT}.json")
     source = onnx / parent["file"]
-    windows = calibration_windows(text, static_settings(hybrid.settings))
+    windows = calibration_windows(text, hybrid.settings, hybrid.name)
     model = onnx_format.load(source)
     graphs = both_graphs(hybrid, model, windows)
     layers = linear_layers(model)
@@ -101,7 +101,7 @@ def write_artifact(hybrid: Hybrid, out: Path, onnx: Path, text: Path) -> None:
 
 def static_settings(settings: OnnxHybridInt8Settings | OnnxHybridInt4Settings) -> OnnxInt8Settings:
     """The prompt graph's settings in the words of the static artifact."""
-    shared = {name: getattr(settings, name) for name in ("calibrator", "windows", "decode_steps", "two_step_crest", "reduce_range")}
+    shared = {name: getattr(settings, name) for name in StaticInt8Settings.model_fields}
     # where decoding has 4 bits, its numbers are put in place of whatever rounding gave
     rounding = settings.rounding if isinstance(settings, OnnxHybridInt8Settings) else "nearest"
     return OnnxInt8Settings(mixed_precision=False, rounding=rounding, **shared)
@@ -110,7 +110,7 @@ def static_settings(settings: OnnxHybridInt8Settings | OnnxHybridInt4Settings) -
 def both_graphs(hybrid: Hybrid, model: onnx_format.ModelProto, windows: np.ndarray) -> Graphs:
     """The two graphs of the fp32 ``model``, which is left as it was. ``windows`` int ``[n, tokens]`` calibrate."""
     settings = static_settings(hybrid.settings)
-    prompt, scheme = static_int8(model, Feeds(windows, settings.decode_steps), settings, embedding=False)
+    prompt, scheme = static_int8(model, Feeds(windows, settings.decode_steps), settings, embedding=False, artifact=hybrid.name)
     layers, tables = linear_layers(model), token_tables(model.graph)
     weights = {node.input[1]: None for node in model.graph.node if node.name in layers}
     if hybrid.linear is None:
@@ -119,8 +119,7 @@ def both_graphs(hybrid: Hybrid, model: onnx_format.ModelProto, windows: np.ndarr
         matrices = quantised_matrices(model, Variant(hybrid.name, hybrid.linear, hybrid.embedding, hybrid.settings), windows)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for name in tables.keys() - matrices.keys():
-        table = numpy_helper.to_array(tensors[name])
-        matrices[name] = quantise_matrix(table if tables[name] else table.T, hybrid.embedding, covering_grid)
+        matrices[name] = quantise_matrix(by_input(tensors[name], tables[name]), hybrid.embedding, covering_grid)
     decode = onnx_format.ModelProto()
     decode.CopyFrom(model)
     insert(decode, matrices)

@@ -20,7 +20,7 @@ from exporters.onnx_qdq import Scheme, bits_per_weight, linear_layers, quantise
 from exporters.onnx_rounding import compensate
 from exporters.onnx_sensitivity import Sensitivity, Switched, sensitivity
 from exporters.onnx_structure import Structure, structure_of
-from exporters.settings import OnnxInt8Settings
+from exporters.settings import OnnxInt8Settings, StaticInt8Settings
 from exporters.targets import Targets
 from models.errors import UserError
 
@@ -74,12 +74,15 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
 
 
 def static_int8(
-    model: onnx_format.ModelProto, feeds: Feeds, settings: OnnxInt8Settings, embedding: bool = True
+    model: onnx_format.ModelProto, feeds: Feeds, settings: OnnxInt8Settings, embedding: bool = True, artifact: str = NAME
 ) -> tuple[onnx_format.ModelProto, Scheme]:
-    """The graph in which every layer, and ``embedding`` too, is int8, and what was done to it. ``model`` is left as it was."""
+    """The graph in which every layer, and ``embedding`` too, is int8, and what was done to it. ``model`` is left as it was.
+
+    GateError names ``artifact``.
+    """
     layers = linear_layers(model)
     inputs = list(dict.fromkeys(layers.values()))  # gate and up read the same tensor
-    ranges = activation_ranges(model, inputs, feeds, settings.calibrator)
+    ranges = activation_ranges(model, inputs, feeds, settings.calibrator, artifact)
     two_step = two_step_layers(layers, ranges, settings.two_step_crest)
     scheme = Scheme(ranges, two_step, reduce_range=settings.reduce_range, per_channel=settings.per_channel, embedding=embedding)
     copy = onnx_format.ModelProto()
@@ -90,12 +93,12 @@ def static_int8(
     return quantised, scheme
 
 
-def calibration_windows(text: Path, settings: OnnxInt8Settings) -> np.ndarray:
-    """The first ``settings.windows`` calibration windows int32 ``[n, tokens]``; UserError where they are too short."""
+def calibration_windows(text: Path, settings: StaticInt8Settings, stage: str = "onnx_int8") -> np.ndarray:
+    """The first ``settings.windows`` calibration windows int32 ``[n, tokens]``; UserError, naming ``stage``, where they are too short."""
     windows = np.load(text / "calibration.npy")[: settings.windows]
     if settings.decode_steps >= windows.shape[1]:
         raise UserError(
-            f"onnx_int8.decode_steps {settings.decode_steps} leaves no prompt in a window of {windows.shape[1]} tokens;"
+            f"{stage}.decode_steps {settings.decode_steps} leaves no prompt in a window of {windows.shape[1]} tokens;"
             " set it lower or text.window_tokens higher"
         )
     return windows

@@ -90,10 +90,16 @@ def quantised_matrices(model: onnx_format.ModelProto, variant: Variant, windows:
                 made[name] = quantise_matrix(weight, layout, searched_grid, importance_of(gram))
     fit = covering_grid if rounding == "nearest" else searched_grid
     for name in (linear | tables).keys() - made.keys():
-        weight = numpy_helper.to_array(tensors[name])
-        by_input = weight.T if name in tables and tables[name] == 0 else weight  # [in, out], tokens are outputs
-        made[name] = quantise_matrix(by_input, variant.embedding if name in tables else variant.linear, fit)
+        made[name] = quantise_matrix(
+            by_input(tensors[name], tables.get(name, 1)), variant.embedding if name in tables else variant.linear, fit
+        )
     return {name: made[name] for name in linear | tables}
+
+
+def by_input(tensor: onnx_format.TensorProto, token_axis: int) -> np.ndarray:
+    """A matrix as ``[in, out]``; of a table that lies by tokens, which are its outputs, the other way round."""
+    weight = numpy_helper.to_array(tensor)
+    return weight if token_axis else weight.T
 
 
 def token_tables(graph: onnx_format.GraphProto) -> dict[str, int]:

@@ -28,23 +28,29 @@ class MixedPrecisionSettings(StageSettings):
     )
 
 
-class OnnxInt8Settings(MixedPrecisionSettings):
-    """ONNX Runtime static quantisation: QDQ, unsigned activations, signed per-channel weights."""
+class StaticInt8Settings(StageSettings):
+    """How the ranges of static int8 activations are found."""
 
     calibrator: Literal["minmax", "percentile", "entropy", "mse"] = Field("minmax", description="how ranges are chosen")
     windows: int = Field(64, ge=1, description="calibration windows fed, each as prompt and as decode steps")
     decode_steps: int = Field(8, ge=1, description="decode steps with real cache fed per window")
-    rounding: Literal["nearest", "compensated"] = Field(
-        "compensated", description="how weights are rounded; compensated: later weights make up for the error of earlier ones"
-    )
     two_step_crest: float | None = Field(
-        6.0,
+        40.0,
         gt=0,
         description="inputs wider than this many standard deviations are quantised as value and remainder; none: never."
         " 6 is nearly all of them, 40 the inputs of gated FFNs' down projections",
     )
-    per_channel: bool = Field(True, description="a weight scale for each output channel; false: one for each matrix")
     reduce_range: bool = Field(False, description="7-bit weights, for x86 machines without VNNI")
+
+
+class OnnxInt8Settings(MixedPrecisionSettings, StaticInt8Settings):
+    """ONNX Runtime static quantisation: QDQ, unsigned activations, signed per-channel weights."""
+
+    rounding: Literal["nearest", "compensated"] = Field(
+        "compensated", description="how weights are rounded; compensated: later weights make up for the error of earlier ones"
+    )
+    two_step_crest: float | None = Field(6.0, gt=0, description=StaticInt8Settings.model_fields["two_step_crest"].description)
+    per_channel: bool = Field(True, description="a weight scale for each output channel; false: one for each matrix")
     keep_float: tuple[str, ...] = Field((), description="layers that stay fp32, by node name or shell pattern; embedding is one of them")
     sensitivity_windows: int = Field(2, ge=1, description="validation windows on which each layer alone is measured")
 
@@ -80,27 +86,15 @@ class OnnxWeightOnlyInt4Settings(OnnxWeightOnlySettings):
     embedding_bits: Literal[4, 8] = Field(8, description="bits of the embedding and of a head that is tied to it")
 
 
-class OnnxHybridSettings(StageSettings):
-    """Static int8 for prompts and weight-only for single tokens, as two graphs over one file of weights."""
-
-    calibrator: Literal["minmax", "percentile", "entropy", "mse"] = Field("minmax", description="how the prompt graph's ranges are chosen")
-    windows: int = Field(64, ge=1, description="calibration windows")
-    decode_steps: int = Field(8, ge=1, description="decode steps with real cache fed per window")
-    two_step_crest: float | None = Field(
-        40.0, gt=0, description="prompt inputs wider than this many standard deviations are quantised as value and remainder; none: never"
-    )
-    reduce_range: bool = Field(False, description="7-bit weights, for x86 machines without VNNI")
-
-
-class OnnxHybridInt8Settings(OnnxHybridSettings):
-    """Both graphs with the same 8-bit numbers."""
+class OnnxHybridInt8Settings(StaticInt8Settings):
+    """Static int8 for prompts and weight-only for single tokens, as two graphs over one file of weights: the same 8-bit numbers."""
 
     rounding: Literal["nearest", "compensated"] = Field("compensated", description="how weights are rounded, as for static int8")
     block: Literal[32, 64, 128, 256] = Field(128, description="weights that the decode graph reads at once; each output has one scale")
 
 
-class OnnxHybridInt4Settings(OnnxHybridSettings, OnnxWeightOnlyInt4Settings):
-    """4 bits per weight; the prompt graph has the same numbers as int8."""
+class OnnxHybridInt4Settings(StaticInt8Settings, OnnxWeightOnlyInt4Settings):
+    """As the 8-bit hybrid, with 4 bits per weight; the prompt graph has the same numbers as int8."""
 
 
 class TfliteSettings(StageSettings):

@@ -1,7 +1,6 @@
 """The benchmark's rows of other projects: each peer that is installed converts the checkpoint in its own environment, once."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from exporters.bytes_read import onnx_bytes
 from pipeline.bench_rows import PEER, Row, matches
 from pipeline.fingerprint import code_of, library_versions, text_sha256
 from pipeline.peers.table import Peer, peers
+from pipeline.whole_folder import made_whole
 
 CONVERTED = "converted.json"
 HOW_TO_INSTALL = "not installed; run: make bench-peers"
@@ -96,18 +96,14 @@ def converted(conversion: Conversion) -> dict:
     folder = conversion.folder
     if (folder / CONVERTED).is_file():
         return json.loads((folder / CONVERTED).read_text(encoding="utf-8"))
-    draft = folder.with_name(folder.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     options = json.dumps(conversion.peer.variants[conversion.variant])
-    command = [conversion.python, "-m", conversion.peer.module, "convert", str(conversion.checkpoint.resolve()), str(draft), options]
-    code, said, words = run_limited(command, conversion.threads, CONVERSION_LIMIT_S)
-    if code != 0:
-        shutil.rmtree(draft)
-        raise ConversionFailed(f"could not convert: {how_it_ended(code, words, CONVERSION_LIMIT_S)}")
-    record = json.loads(said.splitlines()[-1])
-    (draft / CONVERTED).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    draft.rename(folder)
+    with made_whole(folder) as draft:
+        command = [conversion.python, "-m", conversion.peer.module, "convert", str(conversion.checkpoint.resolve()), str(draft), options]
+        code, said, words = run_limited(command, conversion.threads, CONVERSION_LIMIT_S)
+        if code != 0:
+            raise ConversionFailed(f"could not convert: {how_it_ended(code, words, CONVERSION_LIMIT_S)}")
+        record = json.loads(said.splitlines()[-1])
+        (draft / CONVERTED).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 

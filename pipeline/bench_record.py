@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pipeline.bench_rows import PYTORCH, TORCH, Row
+from pipeline.bench_rows import Row
 
 FP32 = "onnx_fp32 in onnxruntime"
 MAIN_PROMPT_TOKENS = 128  # decoding goes on from this prompt, prefill speed is told of it
@@ -127,8 +127,3 @@ def missed(size: dict) -> list[str]:
             if share >= LARGEST_SHARE_OF_FP32_BYTES:
                 lines.append(f"{size['name']}: {int8}: {share:.3f} of the bytes of fp32, must be under {LARGEST_SHARE_OF_FP32_BYTES}")
     return lines
-
-
-def is_baseline(row: dict) -> bool:
-    """Whether the others are held against it."""
-    return row["group"] == PYTORCH or row["row"] in (FP32, TORCH)

@@ -1,7 +1,6 @@
 """The models that the benchmark measures: the demo model, and published shapes with random weights made on the spot."""
 
 import json
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,6 +15,7 @@ from pipeline.fingerprint import text_sha256
 from pipeline.fit_shape import config_of
 from pipeline.recipe import DEMO_TEXTS, Recipe, load_recipe
 from pipeline.stages import ARTIFACT_OF_STAGE
+from pipeline.whole_folder import made_whole
 
 SIZES = Path(__file__).parent / "presets" / "bench_sizes.toml"
 SHARED = ("every", "random")  # tables that are no size
@@ -78,12 +78,10 @@ def random_checkpoint(preset: str, place: Path) -> Path:
     folder = place.resolve() / f"{preset}-{text_sha256(config)[:12]}"
     if folder.is_dir():
         return folder
-    draft = folder.with_name(folder.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    command = [sys.executable, "-m", "pipeline.bench_random", config, str(draft)]
-    done = subprocess.run(command, env=child_environment(1), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise StageDied(f"random weights for {preset}: {how_it_ended(done.returncode, done.stderr, 0)}; a smaller --size needs less memory")
-    draft.rename(folder)
+    with made_whole(folder) as draft:
+        command = [sys.executable, "-m", "pipeline.bench_random", config, str(draft)]
+        done = subprocess.run(command, env=child_environment(1), capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = how_it_ended(done.returncode, done.stderr, 0)
+            raise StageDied(f"random weights for {preset}: {reason}; a smaller --size needs less memory")
     return folder

@@ -25,6 +25,7 @@ from pipeline.report import other_forms, read_json, sidecar_path
 from pipeline.runner import plan, run_stages
 from pipeline.settings import RecoverSettings
 from pipeline.stages import ARTIFACT_OF_STAGE
+from pipeline.whole_folder import made_whole
 
 OUTLIER_CHANNELS, OUTLIER_FACTOR = 4, 40.0
 Tell = Callable[[str, str], None]
@@ -188,10 +189,8 @@ def with_outliers(work: Path) -> Path:
     if not (folder / "model.safetensors").is_file():
         model = load_model(DEMO)
         inject(model, OUTLIER_CHANNELS, OUTLIER_FACTOR, seed=0)
-        draft = folder.with_suffix(".draft")
-        draft.mkdir(parents=True, exist_ok=True)
-        save_model(model, draft, tokenizer_from=DEMO)
-        draft.rename(folder)
+        with made_whole(folder) as draft:
+            save_model(model, draft, tokenizer_from=DEMO)
     return folder.resolve()
 
 

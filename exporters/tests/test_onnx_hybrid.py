@@ -20,7 +20,7 @@ from exporters.onnx_structure import Structure, structure_of
 from exporters.settings import OnnxHybridInt4Settings, OnnxHybridInt8Settings
 from exporters.tests.conftest import CASES, WINDOW
 from exporters.weight_blocks import Layout, covering_grid, quantise_matrix
-from models.errors import GateError
+from models.errors import GateError, UserError
 
 VARIANTS = {
     "int8": (onnx_hybrid_int8, OnnxHybridInt8Settings(block=32)),
@@ -200,6 +200,13 @@ def test_int8_numbers_of_blocks(layout):
     matrix = as_int8(blocks, row_scale.astype(np.float32))
     assert matrix.shape == (40, 6) and np.abs(matrix).max() == 127
     assert np.abs(matrix * row_scale - blocks.values().T).max() <= 0.5001 * row_scale.max()
+
+
+def test_windows_without_a_prompt_are_refused_by_the_stage_s_own_name(exports, text, tmp_path):
+    settings = OnnxHybridInt8Settings(decode_steps=WINDOW)
+    with pytest.raises(UserError, match=f"onnx_hybrid_int8.decode_steps {WINDOW} leaves no prompt"):
+        onnx_hybrid_int8.run(settings, tmp_path, onnx=exports["llama", True], text=text)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_prompt_layer_that_is_float_fails_by_name(hybrid):

@@ -10,6 +10,7 @@ import torch
 from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTModelForCausalLM
 
+from device_tests.onnx_model import session_options
 from pipeline.bench_child import Order
 from pipeline.peers.commands import Converted, as_of_transformers_4, files_in, serve
 
@@ -30,8 +31,7 @@ class OptimumSession:
     """An ``ORTModelForCausalLM`` with the cache that it hands back."""
 
     def __init__(self, folder: Path, order: Order) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = order.threads, 1
+        options = session_options(onnxruntime, order.threads)
         self.interface = order.sizes
         self.notes: list[str] = []
         self.model = ORTModelForCausalLM.from_pretrained(folder, session_options=options, provider="CPUExecutionProvider")

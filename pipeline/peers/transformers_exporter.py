@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
+from device_tests.onnx_model import session_options
 from pipeline.bench_child import Order
 from pipeline.peers.commands import Converted, files_in, serve
 
@@ -30,8 +31,7 @@ class ExportedSession:
     """The two exported graphs in their runners; the cache is what they hand back."""
 
     def __init__(self, folder: Path, order: Order) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = order.threads, 1
+        options = session_options(onnxruntime, order.threads)
         self.interface = order.sizes
         self.notes: list[str] = []
         self.runners = ExportedModel.from_pretrained(folder, local_files_only=True, session_options=options).runners
