@@ -1,8 +1,8 @@
 """Static int8 from the fp32 graph: QDQ, unsigned activations per tensor, signed weights per output channel, embedding per row.
 
-Quantised are all linear layers, the head among them, and the embedding. What each costs alone is measured; where all of them
-together miss the targets, the dearest leave int8. What ONNX Runtime makes of the file is checked on the graph that it has
-optimised, and the logits are compared with the fp32 graph's on text that calibrated nothing.
+Quantised are all linear layers, the head among them, and the embedding. Where all of them together miss the targets, the dearest
+leave int8: what each costs alone is measured then, and always on models small enough for it. What ONNX Runtime makes of the file
+is checked on the graph that it has optimised, and the logits are compared with the fp32 graph's on text that calibrated nothing.
 """
 
 from dataclasses import asdict
@@ -37,17 +37,25 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
     kept_float = named_layers(model, settings.keep_float)
     quantised, scheme = static_int8(model, Feeds(calibration_windows(text, settings), settings.decode_steps), settings)
     windows = np.load(text / "validation.npy")[:COMPARED_WINDOWS]
-    switched = Switched(model, quantised, windows)
-    costs = sensitivity(switched, settings.sensitivity_windows)
     targets, tried = Targets.of(settings), []
-    ranking = [cost.name for cost in costs.layers if cost.name not in kept_float]
-    left = layers_to_leave(switched, ranking, targets)
-    del switched  # two models in one
-    for forms in forms_to_try(left, ranking, kept_float):
+
+    def missed(forms: dict[str, Form]) -> bool:
+        """Write the file with ``forms`` over int8, and hold it against fp32."""
         save_one_file(mixed(model, quantised, scheme, forms) if forms else quantised, path, NAME)
         tried.append((forms, compare(source, path, windows, NAME)))
-        if not targets.missed(tried[-1][1]):
-            break
+        return bool(targets.missed(tried[-1][1]))
+
+    ruled_out = missed(dict.fromkeys(kept_float, "float"))
+    costs = None
+    if ruled_out or model.ByteSize() <= settings.sensitivity_up_to_mb * 1e6:
+        switched = Switched(model, quantised, windows)
+        costs = sensitivity(switched, settings.sensitivity_windows)
+        ranking = [cost.name for cost in costs.layers if cost.name not in kept_float]
+        left = layers_to_leave(switched, ranking, targets) if ruled_out else ()
+        del switched  # two models in one
+        for forms in forms_to_try(left, ranking, kept_float) if ruled_out else ():
+            if not missed(forms):
+                break
     forms, agreement = tried[-1]
     structure = structure_of(path)
     two_step = [name for name in scheme.two_step if name not in forms]
@@ -67,7 +75,7 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
             "activations_zero_on_the_text": [name for name, found in scheme.ranges.items() if found.low == found.high == 0],
             "against_fp32": asdict(agreement),
             "mixed_precision": told_trials(targets, tried, path.stat().st_size - quantised.ByteSize()),
-            "sensitivity": asdict(costs),
+            **({"sensitivity": asdict(costs)} if costs else {}),
         },
         libraries=LIBRARIES,
     )
@@ -109,10 +117,10 @@ def two_step_layers(layers: dict[str, str], ranges: dict[str, Range], crest: flo
     return tuple(name for name, value in layers.items() if crest is not None and ranges[value].crest > crest)
 
 
-def describe(structure: Structure, two_step: list[str], forms: dict[str, Form], costs: Sensitivity) -> dict:
+def describe(structure: Structure, two_step: list[str], forms: dict[str, Form], costs: Sensitivity | None) -> dict:
     """int8 coverage as found on the optimised graph; a layer of two steps is two products and counts once."""
     int8 = len(structure.int8_linear) - len(two_step)
-    alone = {cost.name: cost.kl for cost in costs.layers}
+    alone = {cost.name: f"as int8 it alone costs a KL of {cost.kl:.2e}" for cost in costs.layers} if costs else {}
     position_tables = [{"name": name, "why": "position table: looked up, not multiplied"} for name in structure.float_tables]
     return {
         "linear_layers": int8 + len(structure.block_linear) + len(structure.float_linear),
@@ -120,7 +128,7 @@ def describe(structure: Structure, two_step: list[str], forms: dict[str, Form], 
         "two_step_layers": two_step,
         "embedding_int8": not structure.float_embeddings,
         "not_int8": position_tables
-        + [{"name": name, "why": f"{form}: as int8 it alone costs a KL of {alone[name]:.2e}"} for name, form in forms.items()],
+        + [{"name": name, "why": f"{form}: {alone.get(name, 'asked for by keep_float')}"} for name, form in forms.items()],
         "dequantised_weights": len(structure.dequantised_weights),
     }
 

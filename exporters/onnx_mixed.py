@@ -47,13 +47,11 @@ def layers_to_leave(switched: Switched, ranking: Sequence[str], targets: Targets
 
 
 def forms_to_try(left: Sequence[str], ranking: Sequence[str], kept_float: Sequence[str]) -> Iterator[dict[str, Form]]:
-    """What layers may be, step by step: ``left`` weight-only, then ever more of ``ranking``; and the same in float.
+    """What layers may be where all int8 missed: ``left`` weight-only, then ever more of ``ranking``; and the same in float.
 
     Weight-only first, because it costs no bytes. The embedding has no such step: its int8 form is weight-only already.
     """
     base: dict[str, Form] = dict.fromkeys(kept_float, "float")
-    if not left:
-        yield base
     counts = [max(1, len(left))]
     while counts[-1] < len(ranking):
         counts.append(min(2 * counts[-1], len(ranking)))

@@ -53,6 +53,12 @@ class OnnxInt8Settings(MixedPrecisionSettings, StaticInt8Settings):
     per_channel: bool = Field(True, description="a weight scale for each output channel; false: one for each matrix")
     keep_float: tuple[str, ...] = Field((), description="layers that stay fp32, by node name or shell pattern; embedding is one of them")
     sensitivity_windows: int = Field(2, ge=1, description="validation windows on which each layer alone is measured")
+    sensitivity_up_to_mb: float = Field(
+        250.0,
+        ge=0,
+        description="fp32 models up to this size (10^6 bytes) always have each layer measured alone; larger ones, since it takes five"
+        " times their size in memory, only where mixed precision has to choose",
+    )
 
 
 class OnnxDynamicInt8Settings(StageSettings):

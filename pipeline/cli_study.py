@@ -189,6 +189,12 @@ def sensitivity(
     chosen = read_recipe(recipe, model, calibration, evaluation, settings)
     folders, _ = runner.run_stages(chosen, work, tell, ("onnx_int8",))
     measured = read_json(sidecar_path(folders, "onnx_int8"))["measured"]
+    if "sensitivity" not in measured:
+        limit = chosen.onnx_int8.sensitivity_up_to_mb
+        raise UserError(
+            f"the fp32 model is larger than onnx_int8.sensitivity_up_to_mb ({limit:g} MB), so no layer was measured;"
+            " give --set onnx_int8.sensitivity_up_to_mb=100000 (it takes five times the model's size in memory)"
+        )
     if as_json:
         print(json.dumps({"sensitivity": measured["sensitivity"], "not_int8": measured["not_int8"]}, indent=1))
         return

@@ -86,8 +86,8 @@ def test_forms_go_step_by_step_and_end_with_all_in_float():
     assert tried[0] == {"d2": "float", "a": "weight_only_int8", "b": "weight_only_int8"}
     assert EMBEDDING not in tried[1] and len(tried[1]) == 4
     assert tried[-1] == dict.fromkeys([*ranking, "d2"], "float")
-    assert next(forms_to_try([], ranking, [])) == {}
-    assert list(forms_to_try([], [], ["a"])) == [{"a": "float"}]
+    assert next(forms_to_try([], ranking, [])) == {"a": "weight_only_int8"}
+    assert list(forms_to_try([], [], ["a"])) == []
 
 
 def test_the_stage_leaves_int8_until_its_targets_hold_and_says_so(made, text, tmp_path):
@@ -111,6 +111,17 @@ def test_without_mixed_precision_everything_stays_int8(made, text, tmp_path):
     onnx_int8.run(settings, tmp_path, onnx=source.parent, text=text)
     measured = json.loads((tmp_path / "onnx_static_int8.json").read_text())["measured"]
     assert measured["int8_linear_layers"] == len(linear_layers(model)) and measured["embedding_int8"]
+
+
+@pytest.mark.parametrize("least_top1", [None, 1.0])
+def test_a_larger_model_has_its_layers_measured_only_where_mixed_precision_must_choose(made, text, tmp_path, least_top1):
+    source, model, *_ = made
+    settings = OnnxInt8Settings(**PLAIN, least_top1=least_top1, sensitivity_up_to_mb=0)
+    onnx_int8.run(settings, tmp_path, onnx=source.parent, text=text)
+    measured = json.loads((tmp_path / "onnx_static_int8.json").read_text())["measured"]
+    missed = bool(measured["mixed_precision"]["trials"][0]["missed"])
+    assert missed == (least_top1 is not None) == ("sensitivity" in measured)
+    assert (measured["int8_linear_layers"] < measured["linear_layers"] or not measured["embedding_int8"]) == missed
 
 
 def test_a_pattern_that_names_nothing_is_refused(made):
