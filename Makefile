@@ -15,7 +15,7 @@ PLACE := $(if $(OUT),--out "$(OUT)")
 BENCH_SIZES := $(if $(MODEL)$(RECIPE)$(CALIBRATION)$(EVALUATION),,$(or $(SIZE),demo 139m 139m-half 0.5b))
 
 .DEFAULT_GOAL := help
-.PHONY: help android-bundle device-test arm64-lab board-wheels test bench bench-peers prices demo-model readme lint format clean python-3.11
+.PHONY: help android-bundle device-test arm64-lab board-wheels test bench costs bench-peers prices demo-model readme lint format clean python-3.11
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
@@ -38,6 +38,9 @@ test: $(TESTABLE) lint  ## run all tests
 bench: $(READY)  ## all artifacts and peers, at three sizes, into docs/bench: SIZE="demo 139m" THREADS="1 2" ROUNDS=3 ONLY=, or MODEL= RECIPE= OUT=
 	@$(RUN) bench $(GIVEN) $(foreach size,$(BENCH_SIZES),--size "$(size)") $(foreach count,$(or $(THREADS),1 2),--threads $(count)) \
 	  $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only "$(ONLY)") $(if $(strip $(GIVEN)),$(PLACE),--out "$(or $(OUT),docs/bench)")
+
+costs: $(READY)  ## what each stage of the road costs as models grow, into docs/bench: SIZE="demo 139m 0.5b 1.1b"
+	@$(RUN) costs $(foreach size,$(or $(SIZE),demo 139m 0.5b 1.1b),--size "$(size)") --out "$(or $(OUT),docs/bench)"
 
 bench-peers: $(READY)  ## install what `make bench` holds the artifacts against, each in its own environment (llama.cpp is compiled)
 	@$(VENV)/bin/python -m pipeline.peers.install

@@ -8,7 +8,6 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,13 +20,12 @@ from device_tests.devices.local import bandwidth_here
 from models.errors import UserError
 from pipeline.bench_peers import peer_rows, run_limited
 from pipeline.bench_record import MAIN_PROMPT_TOKENS, OTHER_PROMPTS_TOKENS, Runs, kept, median, row_record
-from pipeline.bench_rows import TORCH, Row, artifact_rows, matches, order_for, torch_row
+from pipeline.bench_rows import TORCH, Row, Tell, artifact_rows, matches, order_for, torch_row
 from pipeline.fingerprint import library_versions
 from pipeline.fit_shape import DecoderShape, parameters, shape_of_config
 from pipeline.recipe import Recipe
 from pipeline.runner import as_rows, run_stages
 
-Tell = Callable[[str, str], None]
 MEASURED_WITH = ("numpy", "torch", "transformers", "onnxruntime", "ai_edge_litert", "tflite_runtime")  # import names
 # A row that was well with the first number of threads and takes so many times as long with another hangs
 HANGS_AFTER_TIMES, HANGS_AFTER_MORE_S = 5, 20.0

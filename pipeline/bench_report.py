@@ -17,9 +17,9 @@ BENCH_COLUMNS = (
 RATIO_BASES = (TORCH, FP32)
 
 
-def read_record(out: Path) -> dict:
-    """``bench.json`` of a folder, with no sizes where there is none. UserError where it is none of ours."""
-    path = out / RECORD
+def read_record(out: Path, record: str = RECORD) -> dict:
+    """``bench.json``, or another ``record`` of sizes, of a folder; no sizes where there is none. UserError where it is none of ours."""
+    path = out / record
     if not path.is_file():
         return {"sizes": {}}
     try:
@@ -27,19 +27,19 @@ def read_record(out: Path) -> dict:
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove it or give another --out") from error
     if not isinstance(found, dict) or not isinstance(found.get("sizes"), dict):
-        raise UserError(f"{path}: is no record of the benchmark; remove it or give another --out")
+        raise UserError(f"{path}: is no record of sizes; remove it or give another --out")
     return found
 
 
-def write_size(size: dict, out: Path) -> dict:
-    """Put one measured size in ``bench.json`` beside those that are there; returns the whole record."""
-    record = read_record(out)
-    record["sizes"][size["name"]] = size
+def write_size(size: dict, out: Path, record: str = RECORD) -> dict:
+    """Put one measured size in ``bench.json``, or another ``record``, beside those that are there; returns the whole record."""
+    whole = read_record(out, record)
+    whole["sizes"][size["name"]] = size
     out.mkdir(parents=True, exist_ok=True)
-    draft = out / f"{RECORD}.draft"
-    draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    draft.replace(out / RECORD)
-    return record
+    draft = out / f"{record}.draft"
+    draft.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    draft.replace(out / record)
+    return whole
 
 
 def full_columns(size: dict) -> tuple[str, ...]:
@@ -117,14 +117,16 @@ def page(record: dict, plots: list[str]) -> str:
 def section(size: dict) -> list[str]:
     """One size of the page."""
     notes = [f"- {row['row']}: {'; '.join(row['notes'])}" for row in size["rows"] if row["notes"] and row["threads"] == size["threads"][0]]
-    costs = [(row["stage"], f"{row['seconds']:.1f}", f"{row['peak_rss_mb']:.0f}") for row in size["stages"]]
+    costs = [
+        (row["stage"], f"{row['seconds']:.1f}", f"{row['peak_rss_mb']:.0f}", shown(row.get("disk_mb"), ".1f")) for row in size["stages"]
+    ]
     return [
         f"## {size['name']}",
         f"{size['about']}: {size['parameters'] / 1e6:.1f} M parameters. {size['how']}",
         machine(size),
         markdown(full_columns(size), full_rows(size)),
         *(["Notes:\n\n" + "\n".join(notes)] if notes else []),
-        *(["What the stages of the road cost:", markdown(("stage", "seconds", "peak MB"), costs)] if costs else []),
+        *(["What the stages of the road cost:", markdown(("stage", "seconds", "peak MB", "MB on disk"), costs)] if costs else []),
     ]
 
 

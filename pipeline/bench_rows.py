@@ -19,6 +19,7 @@ from pipeline.stages import ARTIFACT_OF_STAGE
 
 TORCH = "PyTorch eager fp32"
 OURS, PYTORCH, PEER = "ours", "PyTorch", "peer"
+Tell = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,38 @@ def torch_row(model: Path, shape: DecoderShape) -> Row:
     )  # fmt: skip
 
 
-def artifact_rows(recipe: Recipe, work: Path, only: tuple[str, ...], tell: Callable[[str, str], None]) -> tuple[list[Row], list[StageRun]]:
+@dataclass(frozen=True)
+class Attempt:
+    """What leads to a stage: folders and costs of the stages on the way, or why it cannot be made."""
+
+    folders: dict[str, Path]
+    runs: list[StageRun]
+    failure: str | None = None
+
+
+def attempt(recipe: Recipe, work: Path, stage: str, tell: Tell) -> Attempt:
+    """Make one stage and what it needs. One that cannot be made is told and returned, not raised."""
+    try:
+        folders, runs = run_stages(recipe, work, lambda *_: None, (stage,))
+    except (UserError, GateError, StageDied) as error:
+        tell(stage, f"not made: {error}")
+        return Attempt({}, [], " ".join(str(error).split()))
+    tell(stage, f"{runs[-1].seconds:.1f} s, {runs[-1].peak_rss_mb:.0f} MB{' (cached)' if runs[-1].cached else ''}")
+    return Attempt(folders, runs)
+
+
+def artifact_rows(recipe: Recipe, work: Path, only: tuple[str, ...], tell: Tell) -> tuple[list[Row], list[StageRun]]:
     """Make every artifact that was asked for and return its rows. One that cannot be made is a row that says why."""
     rows, runs = [], {}
     for stage, name in ARTIFACT_OF_STAGE.items():
         if name not in recipe.artifacts or not any(matches(label, only) for label in labels_of(name)):
             continue
-        try:
-            folders, made = run_stages(recipe, work, lambda *_: None, (stage,))
-        except (UserError, GateError, StageDied) as error:
-            tell(name, f"not made: {error}")
-            rows.append(Row(name, OURS, missing=f"not made: {' '.join(str(error).split())}"))
+        made = attempt(recipe, work, stage, lambda _, state, name=name: tell(name, state))
+        if made.failure:
+            rows.append(Row(name, OURS, missing=f"not made: {made.failure}"))
             continue
-        runs |= {run.stage: run for run in made}
-        tell(name, f"{made[-1].seconds:.1f} s, {made[-1].peak_rss_mb:.0f} MB{' (cached)' if made[-1].cached else ''}")
-        rows += [row for row in rows_of(sidecar_path(folders, stage)) if matches(row.label, only)]
+        runs |= {run.stage: run for run in made.runs}
+        rows += [row for row in rows_of(sidecar_path(made.folders, stage)) if matches(row.label, only)]
     return rows, list(runs.values())
 
 

@@ -8,6 +8,7 @@ import typer
 
 from models.errors import GateError, UserError
 from pipeline.cli_options import (
+    OUT,
     WORK,
     AsJson,
     Calibration,
@@ -175,6 +176,30 @@ def prices(
         print(json.dumps(found, indent=1))
     else:
         print(out / "prices.md")
+
+
+@app.command(epilog="Example: `pocketlm costs --size demo --size 139m`")
+def costs(
+    size: Annotated[list[str] | None, typer.Option(help="demo, 139m, 0.5b or 1.1b; may be given again; without it demo")] = None,
+    settings: Settings = None,
+    work: Work = WORK,
+    out: Annotated[Path, typer.Option(help="folder for costs.json, costs.md and costs.png; sizes that it holds stay")] = OUT / "costs",
+    as_json: AsJson = False,
+) -> None:
+    """Measure what every stage costs in time, memory and disk as models grow. Exit code 1: a size passes its limits."""
+    from pipeline import costs as road
+    from pipeline import costs_report
+
+    wanted = [road.size_named(name) for name in size or ["demo"]]
+    found = (road.measure_costs(each, work, list(settings or ()), tell) for each in wanted)
+    record = costs_report.write_costs(found, out)
+    if as_json:
+        print(json.dumps(record, indent=1))
+    else:
+        print_table(costs_report.COLUMNS, costs_report.rows(record), "limits are of the size as a whole; peak MB of any one stage")
+        print(out / costs_report.PAGE)
+    if lines := [line for each in wanted for line in road.over_limits(record["sizes"][each.name])]:
+        raise GateError("\n".join(["costs: a limit is passed", *lines]))
 
 
 @app.command(epilog="Example: `pocketlm sensitivity --model my-model`")

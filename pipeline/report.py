@@ -191,6 +191,7 @@ class StageCost(Entry):
     stage: str
     seconds: float
     peak_rss_mb: float
+    disk_mb: float | None = Field(None, description="10^6 bytes of its result; null in reports that are older than this field")
     cached: bool
 
 
@@ -232,7 +233,7 @@ def build_report(recipe: Recipe, folders: dict[str, Path], outcome: Outcome, sta
     """Put together what stages and device tests left.
 
     ``folders`` maps stage names to their results; ``outcome`` has one result per artifact, runtime and device;
-    ``stages`` are ``{"stage", "seconds", "peak_rss_mb", "cached"}``. Raises UserError when a result was measured
+    ``stages`` are ``{"stage", "seconds", "peak_rss_mb", "disk_mb", "cached"}``. Raises UserError when a result was measured
     on other bytes than the artifact's.
     """
     records = {name: read_json(folders[name] / f"{name}.json") for name in RECORDS}

@@ -54,11 +54,12 @@ class Planned:
 
 @dataclass(frozen=True)
 class StageRun:
-    """What a stage cost: wall seconds and peak resident MB of its process, both of the run that made the result."""
+    """What a stage cost: wall seconds and peak resident MB of its process in the run that made the result, MB that the result takes."""
 
     stage: str
     seconds: float
     peak_rss_mb: float
+    disk_mb: float
     cached: bool
 
 
@@ -103,11 +104,16 @@ def run_stages(
         made = make(item, getattr(recipe, name), {keyword: folders[source] for keyword, source in item.stage.inputs.items()})
         folders[name] = item.folder
         record = json.loads((item.folder / RECORD).read_text())
-        runs.append(StageRun(name, record["seconds"], record["peak_rss_mb"], cached=not made))
+        runs.append(StageRun(name, record["seconds"], record["peak_rss_mb"], disk_mb(item.folder), cached=not made))
         tell(name, f"ran {record['seconds']:.1f} s, {record['peak_rss_mb']:.0f} MB" if made else "cached")
         for note in notes_of(name, item.folder):
             tell(name, note)
     return folders, runs
+
+
+def disk_mb(folder: Path) -> float:
+    """10^6 bytes that a result takes, with everything in it."""
+    return round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6, 3)
 
 
 def make(item: Planned, settings, inputs: dict[str, Path]) -> bool:
