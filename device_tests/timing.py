@@ -19,6 +19,7 @@ from device_tests.sessions import Session
 from device_tests.token_statistics import broken_logits
 
 FIRST_TOKEN_REPEATS = 5
+LEAST_REPEATS, ENOUGH_MS = 2, 4000.0  # a prompt that takes seconds is not fed as often: rounds repeat it anyway
 WARM_UP_TOKENS = 8
 
 
@@ -111,8 +112,10 @@ def measure(load: Callable[[], Session], prompt: np.ndarray, decode_tokens: int,
 
 
 def _time_prompts(session: Session, prompt: np.ndarray) -> PromptTiming:
-    samples = [_time_prompt(session, prompt) for _ in range(1 + FIRST_TOKEN_REPEATS)]
-    return PromptTiming(tokens=len(prompt), cold_ms=samples[0], ms=float(np.median(samples[1:])), samples_ms=samples[1:])
+    cold_ms, samples = _time_prompt(session, prompt), []
+    while len(samples) < LEAST_REPEATS or (len(samples) < FIRST_TOKEN_REPEATS and sum(samples) < ENOUGH_MS):
+        samples.append(_time_prompt(session, prompt))
+    return PromptTiming(tokens=len(prompt), cold_ms=cold_ms, ms=float(np.median(samples)), samples_ms=samples)
 
 
 def _time_prompt(session: Session, prompt: np.ndarray) -> float:

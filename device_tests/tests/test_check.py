@@ -137,6 +137,12 @@ def test_timing_has_every_sample_and_its_own_peak():
     assert session.position == 0
 
 
+def test_a_prompt_that_takes_long_is_fed_fewer_times(monkeypatch):
+    monkeypatch.setattr("device_tests.timing.ENOUGH_MS", 0.0)
+    _, timing = measure(lambda: NumpySession(REFERENCE), np.arange(20), 3)
+    assert len(timing.first.samples_ms) == 2
+
+
 def test_peak_memory_follows_an_allocation():
     before = peak_rss_mb()
     block = np.ones(60_000_000, dtype=np.uint8)
