@@ -12,8 +12,9 @@ FILE_MODE = stat.S_IFREG | 0o644
 def write_zip(folder: Path, archive: Path, root: str) -> None:
     """Pack ``folder`` as ``root``: the same files give the same bytes, so names are sorted, and dates, owners and modes fixed."""
     with zipfile.ZipFile(archive, "w") as target:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            entry = zipfile.ZipInfo(f"{root}/{path.relative_to(folder).as_posix()}", ZIP_DATE)
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        for name in names:
+            path, entry = folder / name, zipfile.ZipInfo(f"{root}/{name}", ZIP_DATE)
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.create_system = 3  # Unix, whatever packs it
             entry.external_attr = FILE_MODE << 16
