@@ -6,7 +6,8 @@ descriptor in ``POCKETLM_PROGRESS_FD``, so that the bar still reaches the person
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Item = TypeVar("Item")
 PROGRESS_FD = "POCKETLM_PROGRESS_FD"
+_drawn_on: list[Console] = []  # consoles of the bars that this process draws
 
 
 def terminal() -> Console | None:
@@ -24,7 +26,26 @@ def terminal() -> Console | None:
         return None
     if not os.isatty(descriptor):
         return None
-    return Console(file=os.fdopen(os.dup(descriptor), "w"), force_terminal=True)
+    return Console(file=os.fdopen(os.dup(descriptor), "w"), force_terminal=True, highlight=False, soft_wrap=True)
+
+
+def shown_on() -> Console | None:
+    """Where this process draws a bar now, None where it draws none: lines that are printed there stand above the bar."""
+    return _drawn_on[-1] if _drawn_on else None
+
+
+@contextmanager
+def bar(console: Console) -> Iterator[Progress]:
+    """A bar on ``console`` that is gone when the block ends."""
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    _drawn_on.append(console)
+    try:
+        # not redirected: what libraries print meanwhile would go to the terminal, and not to the stage's log
+        with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
+            yield progress
+    finally:
+        _drawn_on.remove(console)
+        console.file.close()
 
 
 def track(iterable: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
@@ -33,7 +54,17 @@ def track(iterable: Iterable[Item], description: str, total: int | None = None) 
     if console is None:
         yield from iterable
         return
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with bar(console) as progress:
         yield from progress.track(iterable, total=total, description=description)
-    console.file.close()
+
+
+@contextmanager
+def meter(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left for work that is no loop of ours: what is yielded moves it on by so many of ``total``."""
+    console = terminal()
+    if console is None:
+        yield lambda count: None
+        return
+    with bar(console) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)

@@ -14,7 +14,7 @@ import typer
 
 from device_tests.errors import DeviceTestError
 from models.errors import NO_ROOM, GateError, StageDied, UserError
-from pipeline import cli_devices, cli_study
+from pipeline import cli_devices, cli_records, cli_study, cli_text
 from pipeline.cli_devices import build
 from pipeline.cli_options import (
     OUT,
@@ -29,16 +29,21 @@ from pipeline.cli_options import (
     Work,
     print_table,
     read_recipe,
-    tell,
-    told,
 )
+from pipeline.cli_voice import Commands, Quiet, Verbose, errors, tell
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Takes a PyTorch language model and hands a mobile developer a bundle that is small, fast and proved.",
 )
+
+
+@app.callback()
+def say(quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """The options of every command; their callbacks do what there is to do."""
 
 
 @app.command(epilog="Example: `pocketlm plan --set prune.ffn=0.5`")
@@ -109,44 +114,6 @@ def verify(
         raise GateError("\n".join([*found.faults, *failures, f"{path}: not verified; take the bundle from its source again"]))
 
 
-@app.command(
-    epilog="Examples: `pocketlm generate dist/demo-android-bundle --prompt 'def '`; "
-    "`pocketlm generate dist/demo-android-bundle.zip --runtime tflite --temperature 0.7 --seed 1`"
-)
-def generate(
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder or zip")],
-    runtime: Annotated[str, typer.Option(help="onnx, litert or tflite")] = "onnx",
-    prompt: Annotated[str, typer.Option(help="the text to go on from; - reads it from standard input")] = "",
-    artifact: Annotated[str | None, typer.Option(help="such as onnx_fp32; without it the one that was measured to answer soonest")] = None,
-    max_tokens: Annotated[int, typer.Option(help="most tokens to write")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="draw from the k likeliest tokens; 0: from all")] = 0,
-    top_p: Annotated[float, typer.Option(help="draw from the fewest tokens that hold this share; 1: from all")] = 1.0,
-    seed: Annotated[int, typer.Option(help="seed of the draws")] = 0,
-    threads: Annotated[int, typer.Option(help="threads of the runtime")] = 1,
-    prompt_cache: Annotated[Path | None, typer.Option(help="file that keeps what was computed: common beginnings are reused")] = None,
-    draft: Annotated[Path | None, typer.Option(help="bundle of a pruned sibling that goes ahead; the greedy text stays the same")] = None,
-    ahead: Annotated[int, typer.Option(help="tokens that the draft goes ahead")] = 4,
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Stream text from a bundle's model in the terminal; speed and memory follow on standard error."""
-    import io
-    from dataclasses import asdict
-
-    from pipeline import generate as generation
-
-    options = generation.GenerateOptions(
-        max_tokens, temperature, top_k, top_p, seed, threads, artifact, not as_json, prompt_cache, draft, ahead
-    )  # fmt: skip
-    text = sys.stdin.read() if prompt == "-" else prompt
-    made = generation.generate(path, runtime, text, options, io.StringIO() if as_json else sys.stdout)
-    if as_json:
-        print(json.dumps(asdict(made), indent=1))
-    else:
-        print()
-        told.print(generation.told(made), markup=False)
-
-
 @app.command(epilog="Examples: `pocketlm bench --threads 1 --threads 2`; `pocketlm bench --size 139m --only onnx_ --rounds 5`")
 def bench(
     recipe: RecipeFile = None, model: Model = None, calibration: Calibration = None, evaluation: Evaluation = None,
@@ -177,7 +144,9 @@ def bench(
         raise GateError("\n".join(["bench: int8 is not what it should be", *lines]))
 
 
+app.add_typer(cli_text.app)
 app.add_typer(cli_devices.app)
+app.add_typer(cli_records.app)
 app.add_typer(cli_study.app)
 
 
@@ -187,19 +156,19 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (UserError, DeviceTestError) as error:
-        told.print(f"pocketlm: {error}", markup=False)
+        errors.print(f"pocketlm: {error}", markup=False)
         sys.exit(2)
     except GateError as error:
-        told.print(f"pocketlm: {error}", markup=False)
+        errors.print(f"pocketlm: {error}", markup=False)
         sys.exit(1)
     except StageDied as error:
-        told.print(f"pocketlm: {error}", markup=False)
+        errors.print(f"pocketlm: {error}", markup=False)
         sys.exit(3)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        told.print("pocketlm: no room left on the disk; free some and run again, finished stages are kept")
+        errors.print("pocketlm: no room left on the disk; free some and run again, finished stages are kept")
         sys.exit(2)
     except KeyboardInterrupt:
-        told.print("pocketlm: interrupted; finished stages are kept, the same command goes on from there")
+        errors.print("pocketlm: interrupted; what was finished is kept")
         sys.exit(130)

@@ -20,9 +20,8 @@ from pipeline.cli_options import (
     Work,
     print_table,
     read_recipe,
-    tell,
-    told,
 )
+from pipeline.cli_voice import tell
 
 app = typer.Typer()
 Devices = Annotated[
@@ -135,21 +134,3 @@ def tell_outcome(name: str, outcome, out: Path, as_json: bool) -> None:
             print_table(MATRIX_COLUMNS, matrix, "each against the same artifact in the same runtime on this machine")
         print("\n".join([*skipped_lines(record["skipped"]), str(place)]))
     raise_for(report)
-
-
-@app.command(epilog="Example: `pocketlm compare before-devices.json dist/demo-devices.json`")
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="report.json, a bundle's folder, or what `pocketlm test` wrote")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="the other one")],
-    as_json: AsJson = False,
-) -> None:
-    """Hold two records of the same artifacts side by side: which differences are larger than the spread of their rounds."""
-    from pipeline import compare as comparison
-
-    found = comparison.compare(first, second)
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    print_table(comparison.COMPARE_COLUMNS, comparison.compare_rows(found), "ranges are least and most over each record's rounds")
-    for line in found["only"]:
-        told.print(line, markup=False)

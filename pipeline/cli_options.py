@@ -7,8 +7,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-told = Console(stderr=True, highlight=False, soft_wrap=True)
-
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="TOML file; without it the default recipe")]
 Model = Annotated[str | None, typer.Option("--model", help="Hugging Face folder or hub id; without it the demo model")]
 Calibration = Annotated[Path | None, typer.Option(help="UTF-8 text for calibration and recovery; without it sampled from the model")]
@@ -27,12 +25,6 @@ def read_recipe(recipe: Path | None, model: str | None, calibration: Path | None
     options = {"checkpoint.source": model, "text.calibration": calibration, "text.evaluation": evaluation}
     overrides = [f"{key}={json.dumps(str(value))}" for key, value in options.items() if value is not None]
     return load_recipe(recipe, overrides + (settings or []))
-
-
-def tell(stage: str, state: str) -> None:
-    """One line per stage; on a terminal the running stage is named too, where its progress bar stands."""
-    if state != "runs" or told.is_terminal:
-        told.print(f"  {stage:<12} {state}")
 
 
 def print_table(columns: tuple[str, ...], lines: list[tuple[str, ...]], caption: str) -> None:

@@ -19,8 +19,8 @@ from pipeline.cli_options import (
     Work,
     print_table,
     read_recipe,
-    tell,
 )
+from pipeline.cli_voice import tell
 
 app = typer.Typer()
 

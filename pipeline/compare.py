@@ -1,15 +1,17 @@
-"""Two records of the same artifacts, side by side: what changed by more than the spread of repeated runs.
+"""Two bundles or records, side by side: what changed by more than the spread of repeated runs.
 
 A number is called different only where the medians are further apart than the two ranges over the rounds are wide together: ranges of
 few rounds are narrower than the truth, and that they merely do not overlap happens by chance once in ten times with three rounds
 each. With a single round on either side there is no range, and nothing is called anything.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from pipeline.device_report import read_artifacts
+from pipeline.compare_bundles import notes, settings_that_differ, whole
+from pipeline.device_report import DeviceReport
+from pipeline.report import Report, report_json
 from pipeline.table import shown
 
 COMPARE_COLUMNS = ("artifact", "runtime", "device", "number", "A", "B", "B / A", "spread A", "spread B", "finding")
@@ -48,9 +50,10 @@ class Difference:
         return "larger in B" if second > first else "smaller in B"
 
 
-def compare(first: Path, second: Path) -> dict:
-    """``differences`` of what both records have, and the lines ``only`` about what one of them has, as JSON values."""
-    records = [by_place(read_artifacts(path)[1]) for path in (first, second)]
+def compare(first: Report | DeviceReport, second: Report | DeviceReport) -> dict:
+    """``differences`` of what both have measured, the lines ``only`` about what one of them has, and of two bundles the ``whole``, the
+    ``settings`` that differ, and ``notes`` on what does not compare: all as JSON values."""
+    records = [by_place(record.model_dump(mode="json")["artifacts"]) for record in (first, second)]
     both = [place for place in records[0] if place in records[1]]
     only = [
         f"only in {label}: {' in '.join(place[:2])} on {place[2]}, {place[3]} threads"
@@ -59,7 +62,11 @@ def compare(first: Path, second: Path) -> dict:
         if place not in other
     ]
     differences = [difference for place in both for difference in differences_at(place, *(record[place] for record in records))]
-    return {"differences": [as_record(difference) for difference in differences], "only": only}
+    found = {"differences": [as_record(difference) for difference in differences], "only": only, "whole": [], "settings": [], "notes": []}
+    if isinstance(first, Report) and isinstance(second, Report):
+        reports = tuple(json.loads(report_json(report)) for report in (first, second))
+        found |= {"whole": whole(*reports), "settings": settings_that_differ(*reports), "notes": notes(*reports)}
+    return found
 
 
 def by_place(artifacts: list[dict]) -> dict[tuple, dict]:

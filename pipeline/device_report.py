@@ -7,7 +7,9 @@ from pydantic import Field
 
 from device_tests.devices.campaign import Outcome
 from models.errors import GateError, UserError
+from pipeline.manifest import MANIFEST
 from pipeline.report import Device, Entry, Report, Skipped, device_of
+from pipeline.verify import bundle_folder
 
 FORMAT_VERSION = 1
 
@@ -45,25 +47,48 @@ def device_report(name: str, outcome: Outcome) -> DeviceReport:
 
 def write_device_report(report: DeviceReport, path: Path, page: str) -> None:
     """As JSON at ``path`` and as a page beside it, each whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for file, text in ((path.with_suffix(".html"), page), (path, report.model_dump_json(indent=1) + "\n")):
-        draft = file.with_suffix(f"{file.suffix}.draft")
+    write_whole(path.with_suffix(".html"), page)
+    write_whole(path, report.model_dump_json(indent=1) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """A file with this text, or none. UserError where it cannot be written."""
+    draft = file.with_name(f"{file.name}.draft")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(text, encoding="utf-8")
         draft.replace(file)
+    except OSError as error:
+        if draft.is_file():
+            draft.unlink()
+        raise UserError(f"{file}: cannot be written ({error.strerror}); give another place") from error
 
 
-def read_artifacts(path: Path) -> tuple[str, list[dict]]:
-    """Name and artifacts of a ``report.json``, of a bundle that has one, or of a device report. UserError when it is none."""
-    file = path / "report.json" if path.is_dir() else path
+def read_record(path: Path) -> Report | DeviceReport:
+    """The record in a bundle, folder or zip, whose every byte is checked first, or in a file of its own.
+
+    UserError when there is none, GateError when a bundle is not as it was built.
+    """
+    if is_bundle(path):
+        with bundle_folder(path) as (folder, _):
+            return record_in(folder / "report.json", path)
+    return record_in(path / "report.json" if path.is_dir() else path, path)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether ``path`` is a bundle's folder, or a file that can be no record by itself."""
+    return (path / MANIFEST).is_file() or (path.is_file() and path.suffix != ".json")
+
+
+def record_in(file: Path, named: Path) -> Report | DeviceReport:
+    """The record in a file that the person calls ``named``."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        report = (Report if "model" in record else DeviceReport).model_validate(record)
+        return (Report if "model" in record else DeviceReport).model_validate(record)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a report.json, a bundle's folder, or a device report") from error
+        raise UserError(f"{named}: cannot be read ({error.strerror}); give a bundle, a report.json, or a device report") from error
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: no report of PocketLM ({str(error).splitlines()[0]}); give one that it wrote") from error
-    name = report.model.name if isinstance(report, Report) else report.name
-    return name, [artifact.model_dump() for artifact in report.artifacts]
+        raise UserError(f"{named}: no report of PocketLM ({str(error).splitlines()[0]}); give one that it wrote") from error
 
 
 def raise_for(report: DeviceReport) -> None:

@@ -4,16 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from device_tests.devices import DRIVERS, check_address
-from device_tests.devices.campaign import Limits, Outcome, Plan, run_everywhere
+from device_tests.devices.campaign import LOCAL, Limits, Outcome, Plan, run_everywhere
 from device_tests.devices.job import Job, Run
 from device_tests.gates import Gates as DeviceGates
 from device_tests.sessions import RUNTIMES
+from models.progress import meter
 from pipeline.recipe import Recipe
 from pipeline.report import read_json, sidecar_path
 from pipeline.settings import DeviceSettings
 from pipeline.stages import stages_of
 from pipeline.verify import bundle_folder
 
+RUN_ENDED, ROUND_BEGINS = ("passed", "FAILED"), "timing round "  # as device_tests.devices.campaign tells them
 NAMED_LAYERS = 3  # in the line of a failed gate
 
 
@@ -37,9 +39,31 @@ def measure(recipe: Recipe, folders: dict[str, Path], work: Path, tell: Callable
         gates = DeviceGates(**getattr(recipe.gates, name).model_dump())
         for runtime in runtimes_of(sidecars[name]):
             jobs.append(Job(sidecar, folders["golden"], Run(runtime, recipe.device.threads, gates, quality=True)))
-    outcome = run_everywhere(jobs, plan_of(recipe.device, work), tell)
+    outcome = run_with_bar(jobs, plan_of(recipe.device, work), tell)
     outcome.results = [with_dearest(result, sidecars[result["artifact"]]) for result in outcome.results]
     return outcome
+
+
+def run_with_bar(jobs: list[Job], plan: Plan, tell: Callable[[str, str], None]) -> Outcome:
+    """Every job on every device, with a bar of the runs that are done, which it reads off the lines that are told."""
+    timed = sum(is_timed(address) for address in plan.devices)
+    with meter("measuring", len(jobs) * (len(plan.devices) + timed * (plan.rounds - 1))) as move_on:
+        begun = set()
+
+        def heard(name: str, state: str) -> None:
+            tell(name, state)
+            if state in RUN_ENDED:
+                move_on(1)
+            elif state.startswith(ROUND_BEGINS):
+                move_on(len(jobs) if name in begun else 0)  # what ended is the round before, and the first one ended run by run
+                begun.add(name)
+
+        return run_everywhere(jobs, plan, heard)
+
+
+def is_timed(address: str) -> bool:
+    """Whether a device is a real one, on which runs are timed in rounds."""
+    return address == LOCAL or "://" in address
 
 
 def check_devices(recipe: Recipe) -> None:
@@ -76,4 +100,4 @@ def measure_bundle(path: Path, settings: DeviceSettings, work: Path, tell: Calla
             for runtime in dict.fromkeys(device.runtime for device in artifact.runtimes):
                 run = Run(runtime, settings.threads, DeviceGates(**artifact.gates))
                 jobs.append(Job(folder / artifact.sidecar, folder / "golden", run))
-        return run_everywhere(jobs, plan_of(settings, work), tell)
+        return run_with_bar(jobs, plan_of(settings, work), tell)

@@ -169,6 +169,16 @@ class Sensitivity(Entry):
     tokens: int
 
 
+class Coverage(Entry):
+    """How much of an artifact is in the form that it is named after, as found in its file; null where a form has no such number."""
+
+    linear_layers: int | None
+    int8_linear_layers: int | None
+    prompt_int8_linear_layers: int | None = Field(description="of the second graph of a hybrid artifact")
+    embedding_int8: bool | None
+    bits_per_weight: Measured
+
+
 class Artifact(Entry):
     """An exported model file and everything that was measured of it."""
 
@@ -179,6 +189,7 @@ class Artifact(Entry):
     size_ratio: float = Field(description="bytes over the dense model's bytes_fp32")
     bytes_compressed: int = Field(description="after deflate at its best level, file by file: what a phone downloads")
     other_forms: list[dict] = Field([], description="layers that are not in the form that the artifact is named after, and why")
+    coverage: Coverage | None = Field(None, description="how much of it is int8; null for fp32, and in reports older than this field")
     sensitivity: Sensitivity | None = Field(None, description="what each layer costs as int8; null where it was not measured")
     quality: Quality | None = Field(description="each number the worst over the artifact's runtimes; null when none was measured")
     devices: list[Device]
@@ -302,6 +313,7 @@ def artifact_of(path: Path, results: list[dict], dense_bytes: int) -> Artifact:
         size_ratio=sidecar["bytes"] / dense_bytes,
         bytes_compressed=sum(deflated_bytes(path.parent / file["path"]) for file in sidecar["files"]),
         other_forms=other_forms(sidecar["measured"]),
+        coverage=coverage_of(sidecar["measured"]),
         sensitivity=sidecar["measured"].get("sensitivity"),
         quality=worst_quality([device.quality for device in devices if device.quality]),
         devices=devices,
@@ -312,6 +324,13 @@ def artifact_of(path: Path, results: list[dict], dense_bytes: int) -> Artifact:
 def device_of(result: dict) -> Device:
     """A result of ``device_tests`` as an entry."""
     return Device(**{**result["device"], "quality": result.get("quality")})
+
+
+def coverage_of(measured: dict) -> Coverage | None:
+    """What a quantised artifact's sidecar counted; None where it counted nothing, as for fp32."""
+    counted = {**measured, **measured.get("coverage", {})}
+    found = {name: counted.get(name) for name in Coverage.model_fields}
+    return Coverage(**found) if any(value is not None for value in found.values()) else None
 
 
 def other_forms(measured: dict) -> list[dict]:

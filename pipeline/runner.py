@@ -7,6 +7,7 @@ lets two runs at once end with one result. Failures are never kept.
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from pipeline.recipe import Recipe
 from pipeline.stage_notes import notes_of
 from pipeline.stages import STAGES, Stage, leading_to, needed
 
+logger = logging.getLogger(__name__)
 RECORD = "stage.json"
 FULL_BYTES = 2**20  # a disk with less is full: the file that failed was larger than what is left
 QUIET = {
@@ -100,15 +102,23 @@ def run_stages(
     for item in plan(recipe, work, goals):
         name = item.stage.name
         if not item.cached:
+            logger.info("%s runs: %s%s", name, "; ".join(item.reasons), last_time(item.folder.parent))
             tell(name, "runs")
         made = make(item, getattr(recipe, name), {keyword: folders[source] for keyword, source in item.stage.inputs.items()})
         folders[name] = item.folder
         record = json.loads((item.folder / RECORD).read_text())
         runs.append(StageRun(name, record["seconds"], record["peak_rss_mb"], disk_mb(item.folder), cached=not made))
         tell(name, f"ran {record['seconds']:.1f} s, {record['peak_rss_mb']:.0f} MB" if made else "cached")
+        logger.info("%s lies in %s", name, item.folder)
         for note in notes_of(name, item.folder):
             tell(name, note)
     return folders, runs
+
+
+def last_time(stage_folder: Path) -> str:
+    """How long the newest result of the same stage took, as the end of a sentence; empty where there is none."""
+    records = sorted(stage_folder.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
+    return f" (the last time {json.loads(records[-1].read_text())['seconds']:.0f} s)" if records else ""
 
 
 def disk_mb(folder: Path) -> float:
@@ -170,7 +180,7 @@ def run_process(stage: Stage, settings, draft: Path, inputs: dict[str, Path]) ->
         "said": said,
     }
     terminal = os.dup(sys.__stderr__.fileno())
-    environment = {**os.environ, **QUIET, PROGRESS_FD: str(terminal)}
+    environment = {**os.environ, **QUIET, PROGRESS_FD: os.environ.get(PROGRESS_FD, str(terminal))}  # whoever is quiet has set it
     try:
         with log.open("wb") as file:
             process = subprocess.run(
@@ -217,6 +227,7 @@ def raise_failure(name: str, outcome: dict, draft: Path) -> None:
         raise UserError(f"{name}: no room left on the disk; free some and run again, finished stages are kept")
     if outcome["ended"] == "gate":
         raise GateError(message)
+    logger.info("what %s printed:\n%s", name, outcome["log"].read_text(encoding="utf-8", errors="replace"))
     raise StageDied(f"{message}; the whole story is in {outcome['log']}")
 
 

@@ -10,7 +10,8 @@ from device_tests.sampling import next_token
 from device_tests.sessions import Session
 from device_tests.token_statistics import log_softmax
 from models.errors import UserError
-from pipeline.generate import GenerateOptions, TextStream
+from pipeline.streaming import GenerateOptions
+from pipeline.text_pieces import TextStream
 
 MAX_TOKENS = 256  # of an answer whose task names no limit, as lm-evaluation-harness has it
 MAX_TOKENS_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

@@ -98,8 +98,19 @@ def fake_sidecar(folder: Path, name: str, form: str) -> dict:
         "name": name, "format": form, "file": path.name, "files": [file], "sha256": file["sha256"], "bytes": file["bytes"],
         "interface": {**sizes, "prefill_tokens": 8 if form == "tflite" else None},
         "tensors": tensors if form == "onnx" else {"prefill": tensors, "decode": tensors},
-        "parent": "cd" * 32, "settings": {}, "versions": {form: "1.0"}, "measured": {},
+        "parent": "cd" * 32, "settings": {}, "versions": {form: "1.0"}, "measured": fake_measured(name),
     }  # fmt: skip
+
+
+def fake_measured(name: str) -> dict:
+    """What the exporters count: coverage in their two shapes, and of one artifact what each layer costs."""
+    counted = {"linear_layers": 15, "int8_linear_layers": 14, "embedding_int8": True}
+    layers = [{"name": f"layers.{place}.down_proj", "kl": 1e-4 / (place + 1), "top1": 0.99} for place in range(14)]
+    costs = {"layers": layers, "operators": [{"name": "down_proj", "kl": 2e-4, "top1": 0.98}], "tokens": 128}
+    return {
+        "onnx_static_int8": {**counted, "bits_per_weight": 8.25, "sensitivity": costs},
+        "tflite_static_int8": {"coverage": {**counted, "dynamic_linear_layers": ["lm_head"]}},
+    }.get(name, {})
 
 
 def fake_tokenizer(folder: Path, parity: bool) -> None:

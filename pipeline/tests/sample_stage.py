@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from models.errors import GateError, UserError
+from models.progress import track
 from models.settings import StageSettings
 
 
 class SampleSettings(StageSettings):
     value: int = 1
-    ends: Literal["well", "user", "gate", "bug", "killed", "disk", "fills", "sleeps", "resumes"] = "well"
+    ends: Literal["well", "user", "gate", "bug", "killed", "disk", "fills", "sleeps", "resumes", "counts"] = "well"
     calls: Path | None = None
 
 
@@ -36,6 +37,10 @@ def run(settings: SampleSettings, out: Path, **inputs: Path) -> None:
         fill_disk(out / "large")
     if settings.ends == "sleeps":
         time.sleep(60)
+    if settings.ends == "counts":
+        for _ in track(range(8), "counting"):
+            print("a library says what nobody asked")
+            time.sleep(0.3)  # the bar is drawn ten times a second, and estimates from what it saw
     if settings.ends == "resumes":
         resume(out / ".resume")
 

@@ -36,7 +36,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=with_our_path(dict(os.environ)), check=True)
     assert done.stdout.strip() == "[]"
     text = pocketlm(tmp_path, "--help").stdout
-    for command in ("plan", "run", "bundle", "test", "verify", "generate", "bench", "quality", "lm-eval", "compare"):
+    for command in ("plan", "run", "bundle", "test", "verify", "generate", "bench", "quality", "lm-eval", "compare", "report", "demo"):
         assert command in text
         assert "Example" in pocketlm(tmp_path, command, "--help").stdout
 

@@ -6,8 +6,9 @@ import pytest
 
 from device_tests.devices.campaign import Outcome
 from models.errors import GateError, UserError
-from pipeline.compare import compare, compare_rows
-from pipeline.device_report import DeviceReport, device_report, raise_for, read_artifacts, write_device_report
+from pipeline import compare as comparison
+from pipeline.compare import compare_rows
+from pipeline.device_report import DeviceReport, device_report, raise_for, read_record, write_device_report
 from pipeline.report_html import device_report_html
 from pipeline.tests.fake_road import fake_outcome, fake_road
 
@@ -15,6 +16,10 @@ from pipeline.tests.fake_road import fake_outcome, fake_road
 @pytest.fixture()
 def outcome(tmp_path):
     return fake_outcome(fake_road(tmp_path / "road"))
+
+
+def compare(first, second) -> dict:
+    return comparison.compare(read_record(first), read_record(second))
 
 
 def write(outcome: Outcome, path):
@@ -86,7 +91,7 @@ def test_what_is_no_report_is_refused_in_one_line(tmp_path, text):
         compare(tmp_path / "x.json", tmp_path / "x.json")
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="cannot be read"):
-        read_artifacts(tmp_path / "none.json")
+        read_record(tmp_path / "none.json")
 
 
 def test_the_record_says_what_ran_where(outcome, tmp_path):

@@ -2,20 +2,28 @@
 
 import dataclasses
 import io
+import logging
+import os
 import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from conftest import tiny_tokenizer
 from device_tests.tests.toy import CONTEXT, VOCABULARY, NumpySession, ToyModel
 from models.errors import GateError, UserError
+from pipeline import library_output
 from pipeline.bundle import BundleInputs, build_bundle
-from pipeline.generate import RUNTIMES, GenerateOptions, OneByOne, TextStream, chosen_artifact, generate, prompt_ids, stream, told
+from pipeline.generate import RUNTIMES, chosen_artifact, generate
 from pipeline.manifest import Manifest
 from pipeline.report import build_report
+from pipeline.streaming import INTERRUPTED, GenerateOptions, OneByOne, Request, Written, prompt_ids, stream, told_of
 from pipeline.tests.fake_road import fake_outcome, fake_recipe, fake_road, fake_stages, with_toy
+from pipeline.text_pieces import StopAt, TextStream
+from pipeline.text_scoring import cut
 
 MODEL = ToyModel(0)
 
@@ -60,7 +68,15 @@ def test_greedy_text_is_the_model_s_own(bundle):
     assert found.text == greedy_text(bundle, "def f(x):", 12)
     assert found.prompt_tokens == 9 and found.first_token_ms > 0
     assert found.peak_rss_mb is None or found.peak_rss_mb > 10
-    assert re.match(r"onnx_(fp32|static_int8): \d+ tokens, .*; stopped: ", told(found))
+    assert re.match(r"onnx_(fp32|static_int8): \d+ tokens, .*; stopped: ", told_of(found))
+
+
+def test_what_libraries_print_goes_to_the_log(caplog, capfd):
+    with caplog.at_level(logging.INFO, "pipeline.library_output"):
+        with library_output.to_log():
+            os.write(2, b"INFO: created a delegate\n")
+        os.write(2, b"an error\n")
+    assert caplog.messages == ["INFO: created a delegate"] and capfd.readouterr().err == "an error\n"
 
 
 def test_zip_and_folder_say_the_same(bundle):
@@ -98,13 +114,13 @@ def test_runtime_opens_its_own_format(bundle):
 
 def test_context_is_filled_and_not_overrun(bundle, manifest):
     artifact = endless(manifest.artifacts[0])
-    text = TextStream(tokenizer_of(bundle), [5])
-    found = stream(one_by_one(NumpySession(MODEL)), artifact, [5] * 30, text, GenerateOptions(max_tokens=10_000), io.StringIO())
+    found = streamed(bundle, NumpySession(MODEL), artifact, [5] * 30, max_tokens=10_000)
     assert found.ended == "context is full" and found.new_tokens == CONTEXT - 30 + 1
 
 
-def one_by_one(session) -> OneByOne:
-    return OneByOne(session, GenerateOptions())
+def streamed(bundle, session, artifact, ids, emit=lambda piece: True, **options):
+    options = GenerateOptions(**options)
+    return stream(OneByOne(session, options), Request(artifact, tokenizer_of(bundle), ids, options), emit)
 
 
 def endless(artifact):
@@ -149,9 +165,7 @@ def test_end_of_text_stops_and_is_not_written(bundle, manifest):
     def ends(row, position):
         return np.where(np.arange(VOCABULARY) == (0 if position >= 5 else 7), 9.0, 0.0).astype(np.float32)
 
-    text = TextStream(tokenizer_of(bundle), [5])
-    session = one_by_one(NumpySession(MODEL, ends))
-    found = stream(session, manifest.artifacts[0], [5] * 3, text, GenerateOptions(max_tokens=20), io.StringIO())
+    found = streamed(bundle, NumpySession(MODEL, ends), manifest.artifacts[0], [5] * 3, max_tokens=20)
     assert found.ended == "end of text" and found.new_tokens == 3 and found.text == tokenizer_of(bundle).decode([7, 7, 7])
 
 
@@ -161,9 +175,56 @@ def test_interrupt_ends_well(bundle, manifest):
             raise KeyboardInterrupt
         return row
 
-    artifact, text = endless(manifest.artifacts[0]), TextStream(tokenizer_of(bundle), [5])
-    found = stream(one_by_one(NumpySession(MODEL, interrupted)), artifact, [5] * 4, text, GenerateOptions(), io.StringIO())
-    assert found.ended == "interrupted" and found.new_tokens == 3 and len(found.text) == 3
+    found = streamed(bundle, NumpySession(MODEL, interrupted), endless(manifest.artifacts[0]), [5] * 4)
+    assert found.ended == INTERRUPTED and found.new_tokens == 3 and len(found.text) == 3
+
+
+def test_whoever_listens_may_end_it(bundle, manifest):
+    pieces: list[Written] = []
+
+    def twice(piece: Written) -> bool:
+        pieces.append(piece)
+        return len(pieces) < 2
+
+    found = streamed(bundle, NumpySession(MODEL), endless(manifest.artifacts[0]), [5] * 4, twice)
+    assert found.ended == INTERRUPTED and found.new_tokens == 2 and "".join(piece.text for piece in pieces) == found.text
+    assert [piece.new_tokens for piece in pieces] == [1, 2] and pieces[0].decode_tokens_per_s is None and pieces[1].decode_tokens_per_s > 0
+
+
+def test_a_stop_text_ends_the_answer_and_is_not_in_it(bundle, manifest):
+    artifact, drawn = endless(manifest.artifacts[0]), {"temperature": 3.0, "max_tokens": 12}
+    whole = streamed(bundle, NumpySession(MODEL), artifact, [5] * 4, **drawn).text
+    stop = whole[4:7]
+    found = streamed(bundle, NumpySession(MODEL), artifact, [5] * 4, **drawn, stop=(stop, "never there"))
+    assert found.text == whole[: whole.index(stop)] and found.ended == "stop text"
+    assert found.new_tokens < 12, "it ended with the stop text"
+    other = streamed(bundle, NumpySession(MODEL), artifact, [5] * 4, **drawn, stop=("never there",))
+    half = streamed(bundle, NumpySession(MODEL), artifact, [5] * 4, **{**drawn, "max_tokens": 6}, stop=(stop,))
+    assert other.text == whole
+    assert len(half.text) > 4 and whole.startswith(half.text), "what could have become a stop text, and did not, is written at the end"
+    with pytest.raises(UserError, match="--stop with an empty text"):
+        run(bundle, stop=("",))
+
+
+@given(text=st.text("ab.", max_size=30), stops=st.lists(st.text("ab.", max_size=4), max_size=3), sizes=st.lists(st.integers(1, 5)))
+def test_text_in_pieces_is_cut_where_whole_text_is(text, stops, sizes):
+    """Held against `pipeline.text_scoring.cut`, which looks at a text as a whole: at all that was there when a stop text was complete."""
+    pieces, rest, sizes = [], text, sizes or [1]
+    while rest:
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(rest[:size])
+        rest = rest[size:]
+    stop = StopAt(tuple(stops))
+    written = [stop.push(piece) for piece in pieces]
+    whole = "".join(written) + stop.finish()
+    prefixes = ["".join(pieces[: count + 1]) for count in range(len(pieces))]
+    complete = next((prefix for prefix in prefixes if any(each and each in prefix for each in stops)), text)
+    assert whole == cut(complete, tuple(stops))
+    assert (stop.found is not None) == any(each and each in text for each in stops)
+    for count in range(len(written)):  # and nothing is held back that could not begin a stop text
+        so_far, shown = "".join(pieces[: count + 1]), "".join(written[: count + 1])
+        held = "" if any(each and each in so_far for each in stops) else so_far[len(shown) :]
+        assert not held or any(each.startswith(held) for each in stops)
 
 
 @pytest.mark.parametrize("text", ["é😀 naïve 中文", "👩‍👩‍👧‍👦 x", "plain", " leading", "\ufffd!", "a\n\n  b"])
@@ -208,7 +269,7 @@ def test_a_draft_leaves_greedy_text_as_it_is(bundle):
     alone, with_draft = run(bundle, prompt, max_tokens=12), run(bundle, prompt, max_tokens=12, draft=bundle.folder, ahead=3)
     assert with_draft.text == alone.text and with_draft.drafted_tokens > 0
     assert with_draft.accepted_tokens == with_draft.drafted_tokens
-    assert f"100% of {with_draft.drafted_tokens} drafted tokens taken" in told(with_draft)
+    assert f"100% of {with_draft.drafted_tokens} drafted tokens taken" in told_of(with_draft)
     with pytest.raises(UserError, match="--draft goes with greedy text only, and --temperature is 0.5"):
         run(bundle, draft=bundle.folder, temperature=0.5)
 
@@ -220,7 +281,7 @@ def test_a_prompt_is_not_computed_twice(bundle, tmp_path):
     assert first.reused_tokens == 0 and again.reused_tokens == again.prompt_tokens - 1 and again.text == first.text
     other = run(bundle, "def g(y):", max_tokens=8, prompt_cache=cache)
     assert other.reused_tokens == len("def ") and other.text == run(bundle, "def g(y):", max_tokens=8).text
-    assert f"{len('def ')} of {other.prompt_tokens} prompt tokens from the cache" in told(other)
+    assert f"{len('def ')} of {other.prompt_tokens} prompt tokens from the cache" in told_of(other)
     cache.write_bytes(b"no archive")
     with pytest.raises(UserError, match="prompt.npz: no prompt cache"):
         run(bundle, "def f(x):", prompt_cache=cache)

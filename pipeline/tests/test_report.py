@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from device_tests.devices.campaign import Outcome
 from models.errors import UserError
 from pipeline.recipe import Gates
-from pipeline.report import Quality, Report, build_report, read_report, report_json, worst_quality
-from pipeline.report_html import FORMATS, report_html
+from pipeline.report import Quality, Report, build_report, coverage_of, read_report, report_json, worst_quality
+from pipeline.report_html import report_html
+from pipeline.report_numbers import FORMATS
 from pipeline.stages import ARTIFACT_OF_STAGE
 from pipeline.table import matrix_rows, rows, skipped_lines
 from pipeline.tests.fake_road import fake_outcome, fake_recipe, fake_results, fake_road, fake_stages
@@ -23,7 +24,7 @@ PROMISED = {
     "quality": "perplexity perplexity_stderr perplexity_change perplexity_change_dense kl top1",
     "artifacts": "name file sha256 bytes quality devices passed",
 }
-VOID = {"meta", "br", "rect", "line", "circle"}
+VOID = {"meta", "br", "wbr", "rect", "line", "circle", "path"}
 
 
 class Page(HTMLParser):
@@ -37,11 +38,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        if "data-path" in attributes:
-            self.numbers.append((attributes["data-path"], attributes["data-value"]))
+        if "data-path" in attributes and not attributes.keys() & {"data-over", "data-total"}:
+            self.numbers.append((attributes["data-path"], attributes.get("data-value", attributes.get("value"))))
         self.addresses += [value for name, value in attributes.items() if name in ("src", "href")]
         if tag not in VOID:
-            self.open.append((tag, "data-path" in attributes))
+            self.open.append((tag, "data-path" in attributes or "data-axis" in attributes))
 
     def handle_endtag(self, tag):
         if tag not in VOID:
@@ -149,6 +150,15 @@ def test_sampled_text_is_said(tmp_path):
     assert not plain.text_sampled and "sampled from the dense model itself" not in report_html(plain)
 
 
+def test_coverage_is_told_in_both_shapes_that_exporters_write(road):
+    found = {artifact.name: artifact.coverage for artifact in report_of(road).artifacts}
+    assert found["onnx_fp32"] is None and found["tflite_fp32"] is None
+    assert (found["onnx_static_int8"].int8_linear_layers, found["onnx_static_int8"].bits_per_weight) == (14, 8.25)
+    assert (found["tflite_static_int8"].linear_layers, found["tflite_static_int8"].bits_per_weight) == (15, None)
+    assert coverage_of({"linear_layers": 31, "prompt_int8_linear_layers": 26}).prompt_int8_linear_layers == 26
+    assert coverage_of({"sensitivity": None}) is None
+
+
 def test_report_is_frozen_and_checked(road):
     report = report_of(road)
     with pytest.raises(ValidationError):
@@ -188,7 +198,7 @@ def test_page_needs_no_network_and_is_the_same_twice(road):
     report = report_of(road)
     text = report_html(report)
     assert text == report_html(report)
-    assert Page(text).addresses == [] and "http" not in text and "url(" not in text and "<script" not in text
+    assert {address[0] for address in Page(text).addresses} == {"#"} and "http" not in text and "url(" not in text and "<script" not in text
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
 
 
@@ -200,7 +210,9 @@ def test_names_are_escaped(road):
 
 
 def test_formats_are_readable():
+    assert FORMATS["duration"](7.21) == "7.2 s" and FORMATS["duration"](353.9) == "5 min 54 s" and FORMATS["duration"](7379) == "2 h 2 min"
     assert FORMATS["change"](0.00312) == "+0.31%" and FORMATS["megabytes"](9_060_000) == "9.06 MB"
+    assert FORMATS["change"](-1e-9) == "\u00b10.00%" and FORMATS["small_change"](-1e-6) == "-0.0001%"
     assert FORMATS["count"](5120) == "5\u202f120"
 
 

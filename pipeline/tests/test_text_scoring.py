@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from device_tests.errors import ArtifactFailure
 from device_tests.tests.toy import CONTEXT, INTERFACE, VOCABULARY, NumpySession, ToyModel
 from models.errors import UserError
-from pipeline.generate import GenerateOptions
+from pipeline.streaming import GenerateOptions
 from pipeline.text_scoring import MAX_TOKENS, Answering, answer, continuation_loglikelihood, cut, read_answering
 
 MODEL = ToyModel(0)

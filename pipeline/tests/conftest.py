@@ -1,0 +1,3 @@
+"""What is made once per session: a browser."""
+
+from pipeline.tests.browser import browser  # noqa: F401 (a fixture)
