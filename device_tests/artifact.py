@@ -54,7 +54,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One exported model: ``format`` is onnx or tflite, ``sha256`` that of its file, or of all its files' digests where it has several."""
+    """One exported model: ``format`` is onnx or tflite, ``sha256`` that of its file, or of all its files' digests where it has several.
+
+    ``cache_type`` is the element type of an ONNX artifact's keys and values, as the sidecar's tensors have it.
+    """
 
     name: str
     format: str
@@ -63,6 +66,7 @@ class Artifact:
     bytes: int
     interface: Interface
     prompt: Prompt | None = None
+    cache_type: str = "float32"
 
 
 def read_artifact(sidecar: Path) -> Artifact:
@@ -88,7 +92,8 @@ def read_artifact(sidecar: Path) -> Artifact:
     digests = [sha256 for _, sha256, _ in named]
     identity = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     prompt = _prompt(record, sidecar, {path for path, _, _ in named})
-    return Artifact(name, form, sidecar.parent / main, identity, sum(size for _, _, size in named), interface, prompt)
+    size = sum(size for _, _, size in named)
+    return Artifact(name, form, sidecar.parent / main, identity, size, interface, prompt, _cache_type(record, sidecar))
 
 
 def read_json(path: Path, what: str) -> dict:
@@ -125,6 +130,16 @@ def _prompt(record: dict, sidecar: Path, files: set[str]) -> Prompt | None:
     if not {graph, data} <= files:
         raise DeviceTestError(f"{sidecar}: {graph} or {data} is not among its files; export the artifact again")
     return Prompt(sidecar.parent / graph, sidecar.parent / data, weights)
+
+
+def _cache_type(record: dict, sidecar: Path) -> str:
+    """Of an ONNX artifact's keys and values; TFLite files say it themselves."""
+    tensors = record.get("tensors", {})
+    listed = tensors.get("inputs", []) if record["format"] == "onnx" else []
+    kinds = {str(tensor["dtype"]) for tensor in listed if str(tensor["name"]).startswith("past_key_values.")}
+    if len(kinds) > 1:
+        raise DeviceTestError(f"{sidecar}: its KV cache is {' and '.join(sorted(kinds))}; export the artifact again")
+    return kinds.pop() if kinds else "float32"
 
 
 def _check_file(folder: Path, name: str, sha256: str, size: int) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from device_tests.artifact import Artifact, Interface, Matrix, Prompt
-from device_tests.onnx_session import OnnxSession, cache_names
+from device_tests.errors import ArtifactFailure
+from device_tests.onnx_session import OnnxSession, cache_names, cache_type
 
 SHORT_PROMPT_TOKENS = 8  # up to here the decode graph reads its weights once for all of them; on the demo model both ways take as long
 PROBE_TOKENS = 4
@@ -21,6 +22,7 @@ class HybridSession(OnnxSession):
 
     def __init__(self, artifact: Artifact, session, prompt_session, ort) -> None:
         super().__init__(artifact, session, ort)
+        check_pair(session, prompt_session, artifact.prompt.path.name)
         self._prompt_session = prompt_session
         self._prompt_binding = prompt_session.io_binding()
         self._bind_caches(self._prompt_binding)
@@ -80,6 +82,16 @@ def open_hybrid(artifact: Artifact, open_graph, ort) -> HybridSession:
     return session
 
 
+def check_pair(session, prompt_session, name: str) -> None:
+    """ArtifactFailure unless the prompt graph, called ``name``, gives the decode graph's cache and nothing else."""
+    kinds = [cache_type(each, name) for each in (prompt_session, session)]
+    if kinds[0] != kinds[1]:
+        raise ArtifactFailure(f"{name}: its KV cache is {kinds[0].__name__}, the decode graph's is {kinds[1].__name__}")
+    more = [value.name for value in prompt_session.get_outputs() if not value.name.startswith("present.")]
+    if more:
+        raise ArtifactFailure(f"{name}: it gives {', '.join(more)}, which nobody reads and every prompt pays for")
+
+
 def reads_its_own(prompt_session, matrices: dict[str, np.ndarray], interface: Interface) -> bool:
     """Whether the session has packed the matrices into memory of its own: then it does not see that they are zero from here on.
 
@@ -93,7 +105,7 @@ def reads_its_own(prompt_session, matrices: dict[str, np.ndarray], interface: In
 
 def _probe(prompt_session, interface: Interface) -> list[np.ndarray]:
     """Keys and values of a few tokens."""
-    past = np.zeros((1, interface.kv_heads, 0, interface.head_dim), np.float32)
+    past = np.zeros((1, interface.kv_heads, 0, interface.head_dim), cache_type(prompt_session, "the prompt graph"))
     ids = np.arange(PROBE_TOKENS, dtype=np.int64)[None] % interface.vocab_size
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), **{f"past_key_values.{name}": past for name in cache_names(interface)}}
     return prompt_session.run(None, feeds)

@@ -14,6 +14,7 @@ from device_tests.artifact import Artifact, Interface
 from device_tests.errors import ArtifactFailure
 from device_tests.sessions import check_room, check_tokens
 
+CACHE_TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 PROMPT_LOGITS_BYTES = 128 << 20  # the graph gives logits of every prompt token: prompts go in chunks whose logits stay below this
 
 
@@ -34,12 +35,13 @@ class OnnxSession:
         self._token = np.zeros((1, 1), dtype=np.int64)
         self._ones = np.ones((1, sizes.context_tokens), dtype=np.int64)
         self._step_logits = np.zeros((1, 1, sizes.vocab_size), dtype=np.float32)
-        self._caches = {}
+        self._caches, kind = {}, cache_type(session, artifact.name)
         for name in cache_names(sizes):
-            cache = np.zeros((1, sizes.kv_heads, sizes.context_tokens, sizes.head_dim), dtype=np.float32)
+            cache = np.zeros((1, sizes.kv_heads, sizes.context_tokens, sizes.head_dim), dtype=kind)
             self._caches[name] = cache, ort.OrtValue.ortvalue_from_numpy(cache)  # shares the memory of the array
         self._bind_caches(self._binding)
         self._step_bound = False
+        self._seen_in_place: set[int] = set()  # bindings, by identity
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
         """Logits ``[vocab]`` after the last of ``tokens`` int ``[n]``."""
@@ -109,6 +111,24 @@ class OnnxSession:
             raise ArtifactFailure(f"onnxruntime could not run {self._name} at token {self.position}: {error}") from error
         self.runtime_s += time.perf_counter() - start
         self.position = length
+        if id(binding) not in self._seen_in_place:
+            self._check_in_place(binding)
+            self._seen_in_place.add(id(binding))
+
+    def _check_in_place(self, binding) -> None:
+        """ArtifactFailure unless the runtime wrote keys and values into the session's own buffers: else every step copies the cache."""
+        written = {value.data_ptr() for value in binding.get_outputs()}
+        for name, (cache, _) in self._caches.items():
+            if cache.ctypes.data not in written:
+                raise ArtifactFailure(f"{self._name}: present.{name} is not the buffer of its past, so that every step copies the cache")
+
+
+def cache_type(session, name: str) -> type:
+    """The type of keys and values as the graph has it. ArtifactFailure, naming the artifact, for one that is not known here."""
+    kinds = {value.type for value in session.get_inputs() if value.name.startswith("past_key_values.")}
+    if len(kinds) != 1 or not kinds <= CACHE_TYPES.keys():
+        raise ArtifactFailure(f"{name}: a KV cache of {' and '.join(sorted(kinds)) or 'no tensors'}; known are {', '.join(CACHE_TYPES)}")
+    return CACHE_TYPES[kinds.pop()]
 
 
 def cache_names(interface: Interface) -> list[str]:

@@ -45,7 +45,8 @@ def load(path: Path, session: Session, artifact: Artifact, tokens: np.ndarray) -
     for name, cache in session.caches().items():
         wanted = (*cache.shape[:2], common, cache.shape[3])
         if arrays[name].shape != wanted or arrays[name].dtype != cache.dtype:
-            raise DeviceTestError(f"{path}: {name} is {arrays[name].shape}, this model's is {wanted}; remove the file")
+            held, ours = (f"{kind} {shape}" for kind, shape in ((arrays[name].dtype, arrays[name].shape), (cache.dtype, wanted)))
+            raise DeviceTestError(f"{path}: {name} is {held}, this model's is {ours}; remove the file")
     for name, cache in session.caches().items():
         cache[:, :, :common] = arrays[name]
     session.rewind(common)

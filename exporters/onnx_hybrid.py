@@ -23,6 +23,7 @@ from exporters.onnx_agreement import COMPARED_WINDOWS, compare_hybrid
 from exporters.onnx_calibration import Feeds
 from exporters.onnx_files import External, refer, save_one_file, write_external
 from exporters.onnx_int8 import calibration_windows, static_int8
+from exporters.onnx_kv_cache import cache_bytes_per_token, described_tensors, kv_scales, store_as_int8
 from exporters.onnx_qdq import DEQUANTISED, drop_unused_initializers, linear_layers
 from exporters.onnx_structure import Structure, require_blocks, require_count, require_no_float, structure_of
 from exporters.onnx_weight_only import ACCURACY_LEVEL, Variant, bits_per_weight, by_input, insert, quantised_matrices, stored, token_tables
@@ -54,6 +55,7 @@ class Graphs:
     prompt: onnx_format.ModelProto
     matrices: dict[str, Blocks]
     two_step: tuple[str, ...]
+    cache_scales: dict[str, np.ndarray]  # of an int8 KV cache, by the past's name
 
 
 def write_artifact(hybrid: Hybrid, out: Path, onnx: Path, text: Path) -> None:
@@ -74,15 +76,17 @@ def write_artifact(hybrid: Hybrid, out: Path, onnx: Path, text: Path) -> None:
     structure, prompt_structure = structure_of(decode), structure_of(whole)
     require_blocks(structure, len(layers), hybrid.name)
     require_prompt(prompt_structure, len(weights) + len(graphs.two_step), hybrid.name)
+    require_cache_alone(graphs.prompt.graph, hybrid.name)
     agreement = compare_hybrid(source, decode, whole, np.load(text / "validation.npy")[:COMPARED_WINDOWS], hybrid.name)
     whole.unlink()
+    tensors = described_tensors(parent["tensors"], graphs.cache_scales)
     write_sidecar(
         out,
         hybrid.name,
         "onnx",
         files=[decode, prompt, data],
         interface=parent["interface"],
-        tensors=parent["tensors"],
+        tensors=tensors,
         parent=parent["sha256"],
         settings=hybrid.settings,
         measured={
@@ -91,6 +95,7 @@ def write_artifact(hybrid: Hybrid, out: Path, onnx: Path, text: Path) -> None:
             "prompt_int8_linear_layers": len(weights),
             "two_step_layers": list(graphs.two_step),
             "accuracy_level": ACCURACY_LEVEL,
+            "kv_cache_bytes_per_token": cache_bytes_per_token(tensors),
             "not_int8": [{"name": name, "why": "position table: looked up, not multiplied"} for name in structure.float_tables],
             "against_fp32": asdict(agreement),
         },
@@ -110,7 +115,9 @@ def static_settings(settings: OnnxHybridInt8Settings | OnnxHybridInt4Settings) -
 def both_graphs(hybrid: Hybrid, model: onnx_format.ModelProto, windows: np.ndarray) -> Graphs:
     """The two graphs of the fp32 ``model``, which is left as it was. ``windows`` int ``[n, tokens]`` calibrate."""
     settings = static_settings(hybrid.settings)
-    prompt, scheme = static_int8(model, Feeds(windows, settings.decode_steps), settings, embedding=False, artifact=hybrid.name)
+    feeds = Feeds(windows, settings.decode_steps)
+    prompt, scheme = static_int8(model, feeds, settings, embedding=False, artifact=hybrid.name)
+    scales = kv_scales(settings.kv_cache, model, feeds, hybrid.name)
     layers, tables = linear_layers(model), token_tables(model.graph)
     weights = {node.input[1]: None for node in model.graph.node if node.name in layers}
     if hybrid.linear is None:
@@ -129,8 +136,10 @@ def both_graphs(hybrid: Hybrid, model: onnx_format.ModelProto, windows: np.ndarr
     if hybrid.linear is not None:
         for name in weights:
             take_numbers(prompt.graph, name, matrices[name])
+    for graph in (decode, prompt) if scales else ():
+        store_as_int8(graph, scales)
     kept = {node.name for node in prompt.graph.node}
-    return Graphs(decode, prompt, matrices, tuple(name for name in scheme.two_step if name in kept))
+    return Graphs(decode, prompt, matrices, tuple(name for name in scheme.two_step if name in kept), scales)
 
 
 def same_numbers(quantised: onnx_format.ModelProto, name: str, block: int) -> Blocks:
@@ -230,3 +239,10 @@ def require_prompt(structure: Structure, products: int, artifact: str) -> None:
     """GateError unless every layer that the prompt graph keeps runs as int8."""
     require_no_float(structure, f"{artifact}, prompt graph")
     require_count(structure.int8_linear, products, "int8", f"{artifact}, prompt graph")
+
+
+def require_cache_alone(prompt: onnx_format.GraphProto, artifact: str) -> None:
+    """GateError where the prompt graph gives more than the cache: logits of every token of a prompt are time and memory for nothing."""
+    more = [value.name for value in prompt.output if not value.name.startswith("present.")]
+    if more:
+        raise GateError(f"{artifact}, prompt graph: it gives {', '.join(more)}, and only keys and values are wanted of it")

@@ -15,6 +15,7 @@ from exporters.artifact import read_sidecar, write_sidecar
 from exporters.onnx_agreement import COMPARED_WINDOWS, Agreement, compare
 from exporters.onnx_calibration import Feeds, Range, activation_ranges
 from exporters.onnx_files import save_one_file
+from exporters.onnx_kv_cache import cache_bytes_per_token, described_tensors, kv_scales, with_int8_cache
 from exporters.onnx_mixed import Form, forms_to_try, layers_to_leave, mixed, named_layers, require_mixed
 from exporters.onnx_qdq import Scheme, bits_per_weight, linear_layers, quantise
 from exporters.onnx_rounding import compensate
@@ -35,13 +36,16 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
     source, path = onnx / parent["file"], out / f"{NAME}.onnx"
     model = onnx_format.load(source)
     kept_float = named_layers(model, settings.keep_float)
-    quantised, scheme = static_int8(model, Feeds(calibration_windows(text, settings), settings.decode_steps), settings)
+    feeds = Feeds(calibration_windows(text, settings), settings.decode_steps)
+    quantised, scheme = static_int8(model, feeds, settings)
+    scales = kv_scales(settings.kv_cache, model, feeds, NAME)
     windows = np.load(text / "validation.npy")[:COMPARED_WINDOWS]
     targets, tried = Targets.of(settings), []
 
     def missed(forms: dict[str, Form]) -> bool:
         """Write the file with ``forms`` over int8, and hold it against fp32."""
-        save_one_file(mixed(model, quantised, scheme, forms) if forms else quantised, path, NAME)
+        made = mixed(model, quantised, scheme, forms) if forms else quantised
+        save_one_file(with_int8_cache(made, scales), path, NAME)
         tried.append((forms, compare(source, path, windows, NAME)))
         return bool(targets.missed(tried[-1][1]))
 
@@ -60,18 +64,20 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
     structure = structure_of(path)
     two_step = [name for name in scheme.two_step if name not in forms]
     require_mixed(structure, len(linear_layers(model)) + len(two_step), forms, NAME)
+    tensors = described_tensors(parent["tensors"], scales)
     write_sidecar(
         out,
         NAME,
         "onnx",
         files=[path],
         interface=parent["interface"],
-        tensors=parent["tensors"],
+        tensors=tensors,
         parent=parent["sha256"],
         settings=settings,
         measured={
             "bits_per_weight": bits_per_weight(onnx_format.load(path).graph, model.graph),
             **describe(structure, two_step, forms, costs),
+            "kv_cache_bytes_per_token": cache_bytes_per_token(tensors),
             "activations_zero_on_the_text": [name for name, found in scheme.ranges.items() if found.low == found.high == 0],
             "against_fp32": asdict(agreement),
             "mixed_precision": told_trials(targets, tried, path.stat().st_size - quantised.ByteSize()),

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from exporters.onnx_qdq import Scheme, linear_layers, quantise
 from exporters.onnx_sensitivity import EMBEDDING, Switched
-from exporters.onnx_structure import Structure
+from exporters.onnx_structure import Structure, require_fast_operands
 from exporters.onnx_weight_only import insert
 from exporters.targets import Targets
 from exporters.weight_blocks import Layout, covering_grid, quantise_matrix
@@ -100,3 +100,4 @@ def require_mixed(structure: Structure, linear_layers: int, forms: dict[str, For
         if len(names) != count:
             found = ", ".join(names) or "none"
             raise GateError(f"{artifact}: {len(names)} {what}, expected {count}, after ONNX Runtime's optimisation; found: {found}")
+    require_fast_operands(structure, artifact)

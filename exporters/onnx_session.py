@@ -11,6 +11,7 @@ import onnxruntime
 from exporters.onnx_files import save_with_data
 
 WARNINGS_OFF = 3  # ORT's severity "error": it warns about operators that run on the CPU on purpose
+CACHE_TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
 def open_session(model: Path, level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL) -> onnxruntime.InferenceSession:
@@ -38,9 +39,12 @@ def past_names(session: onnxruntime.InferenceSession) -> list[str]:
 
 
 def empty_past(session: onnxruntime.InferenceSession, batch: int, tokens: int = 0) -> dict[str, np.ndarray]:
-    """A cache of ``tokens`` zeroed slots: float32 ``[batch, kv_heads, tokens, head_dim]`` per name."""
-    shapes = {value.name: value.shape for value in session.get_inputs()}
-    return {name: np.zeros((batch, shapes[name][1], tokens, shapes[name][3]), np.float32) for name in past_names(session)}
+    """A cache of ``tokens`` zeroed slots: ``[batch, kv_heads, tokens, head_dim]`` in the graph's own type, per name."""
+    inputs = {value.name: value for value in session.get_inputs()}
+    return {
+        name: np.zeros((batch, inputs[name].shape[1], tokens, inputs[name].shape[3]), CACHE_TYPES[inputs[name].type])
+        for name in past_names(session)
+    }
 
 
 def feed(tokens: np.ndarray, past: dict[str, np.ndarray], mask: np.ndarray | None = None) -> dict[str, np.ndarray]:

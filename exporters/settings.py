@@ -41,6 +41,10 @@ class StaticInt8Settings(StageSettings):
         " 6 is nearly all of them, 40 the inputs of gated FFNs' down projections",
     )
     reduce_range: bool = Field(False, description="7-bit weights, for x86 machines without VNNI")
+    kv_cache: Literal["float32", "int8"] = Field(
+        "float32",
+        description="numbers of the KV cache; int8: a quarter of its memory, a scale for each channel of each head, slower prompts",
+    )
 
 
 class OnnxInt8Settings(MixedPrecisionSettings, StaticInt8Settings):

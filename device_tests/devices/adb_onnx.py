@@ -27,7 +27,7 @@ from device_tests.vectors import Vectors, read_rows
 
 PROGRAM = "onnxruntime_perf_test"
 DATA, TIMES = "test_data_set_0", "times.csv"
-FLOAT, INT64 = 1, 7  # TensorProto.DataType
+FLOAT, INT8, INT64 = 1, 3, 7  # TensorProto.DataType
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class _Session:
 def inputs(artifact: Artifact, tokens: np.ndarray, past: int) -> dict[str, np.ndarray]:
     """Arrays of the ONNX tensor contract for ``tokens`` int ``[n]`` after ``past`` others; the cache's values are zeros."""
     sizes = artifact.interface
-    cache = np.zeros((1, sizes.kv_heads, past, sizes.head_dim), dtype=np.float32)
+    cache = np.zeros((1, sizes.kv_heads, past, sizes.head_dim), dtype=artifact.cache_type)
     feeds = {
         "input_ids": tokens.astype(np.int64)[None],
         "attention_mask": np.ones((1, past + len(tokens)), dtype=np.int64),
@@ -97,7 +97,7 @@ def inputs(artifact: Artifact, tokens: np.ndarray, past: int) -> dict[str, np.nd
 
 def tensor_proto(name: str, values: np.ndarray) -> bytes:
     """An ONNX TensorProto: fields 1 dims, 2 data_type, 8 name, 9 raw_data (onnx.proto3)."""
-    kind = {np.dtype(np.float32): FLOAT, np.dtype(np.int64): INT64}[values.dtype]
+    kind = {np.dtype(np.float32): FLOAT, np.dtype(np.int8): INT8, np.dtype(np.int64): INT64}[values.dtype]
     dims = b"".join(b"\x08" + _varint(size) for size in values.shape)
     raw = values.astype(values.dtype.newbyteorder("<")).tobytes()
     return dims + b"\x10" + _varint(kind) + b"\x42" + _varint(len(name)) + name.encode("ascii") + b"\x4a" + _varint(len(raw)) + raw

@@ -153,6 +153,7 @@ class ReadsOurs:
 
     def __init__(self, session, matrices):
         self.session, self.matrices = session, matrices
+        self.get_inputs = session.get_inputs
 
     def run(self, names, feeds):
         return [
