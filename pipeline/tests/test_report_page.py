@@ -160,6 +160,7 @@ def test_what_was_not_measured_is_said(tmp_path):
     text = report_html(unlucky(tmp_path))
     for words in (
         "was not measured for this model",
+        "Nothing was timed",
         "not counted",
         "onnx_fp32 has no quality number",
         "tflite_static_int8 was not measured",
