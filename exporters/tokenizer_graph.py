@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 
 from exporters.settings import TokenizerSettings
 from exporters.tokenizer_corpus import adversarial_corpus, nul_documents
+from exporters.tokenizer_definition import bytes_of_symbols, fixed_special_ids
 from exporters.tokenizer_parity import DECODE_FILE, ENCODE_FILE, Parity, Request, check_parity
 from models.errors import UserError
 from models.progress import track
@@ -165,14 +166,6 @@ def encode_graph(definition: dict, config: dict, path: Path) -> None:
     save(helper.make_graph(nodes, "tokenizer_encode", [text], [ids], initializers), path)
 
 
-def fixed_special_ids(definition: dict) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after every text, found by encoding one letter with and without them."""
-    original = Tokenizer.from_str(json.dumps(definition))
-    bare, whole = (original.encode("a", add_special_tokens=added).ids for added in (False, True))
-    start = next((place for place in range(len(whole)) if whole[place : place + len(bare)] == bare), 0)
-    return whole[:start], whole[start + len(bare) :]
-
-
 def closing_token(definition: dict) -> dict | None:
     """The first added token that stands for itself alone, whatever is before it; None where there is none."""
     tokens = definition.get("added_tokens") or []
@@ -202,13 +195,6 @@ def close_text(closing: dict) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto
     ]
     constants["end"] = np.array([np.iinfo(np.int64).max], dtype=np.int64)
     return [helper.make_node("StringConcat", ["text", "closing_text"], ["closed_text"])], after, constants
-
-
-def bytes_of_symbols() -> dict[str, int]:
-    """The byte behind each printable symbol of byte-level BPE (GPT-2: printable bytes stand for themselves)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {**{chr(byte): byte for byte in printable}, **{chr(256 + place): byte for place, byte in enumerate(others)}}
 
 
 def token_bytes(original: Tokenizer, vocab_size: int) -> list[bytes]:
