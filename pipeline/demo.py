@@ -81,6 +81,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request."""
 
     server: DemoServer
+    timeout = 60  # seconds that a connection may say nothing, or take nothing
 
     def do_GET(self) -> None:
         """The page."""
@@ -97,8 +98,8 @@ class Handler(BaseHTTPRequestHandler):
             answer()
         except Refused as refused:
             self.send_body(refused.status, "text/plain; charset=utf-8", f"{refused}\n".encode())
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True  # the page was closed
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+            self.close_connection = True  # the page was closed, or sleeps
 
     def check_sender(self) -> None:
         """Refuse whoever means another host, or is another site's page."""
