@@ -19,6 +19,10 @@ def open_model(artifact: Artifact, ort, threads: int) -> OnnxSession:
     def open_graph(path: Path, given: dict):
         refuse_ort_format(path)
         options = session_options(ort, threads)
+        if (
+            artifact.prompt is not None
+        ):  # the threads of one graph must not spin on the cores that the other needs: twice the time at 2 threads
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3  # errors only: they arrive as exceptions, stderr is for the verdict
         if given:
             options.add_external_initializers(list(given), list(given.values()))

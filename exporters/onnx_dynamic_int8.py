@@ -16,8 +16,8 @@ from onnxruntime.quantization.quant_utils import QuantizationMode
 
 from exporters.artifact import read_sidecar, write_sidecar
 from exporters.onnx_agreement import COMPARED_WINDOWS, compare
-from exporters.onnx_files import save_one_file
-from exporters.onnx_qdq import INT7_MAX, INT8_MAX, bits_per_weight, drop_unused_initializers, linear_layers, quantise_embeddings
+from exporters.onnx_files import compact, save_one_file
+from exporters.onnx_qdq import INT7_MAX, INT8_MAX, bits_per_weight, drop_unused_initializers, linear_layers, numbers_in, quantise_embeddings
 from exporters.onnx_structure import Structure, require_int8, structure_of
 from exporters.settings import OnnxDynamicInt8Settings
 
@@ -31,8 +31,9 @@ def run(settings: OnnxDynamicInt8Settings, out: Path, onnx: Path, text: Path) ->
     parent = read_sidecar(onnx / f"{PARENT}.json")
     source, path = onnx / parent["file"], out / f"{NAME}.onnx"
     model = onnx_format.load(source)
-    layers = linear_layers(model)
-    quantised = quantise(onnx_format.load(source), settings)
+    layers, numbers = linear_layers(model), numbers_in(model.graph)
+    quantised = quantise(model, settings)
+    del model  # a message as large as the weights
     save_one_file(quantised, path, NAME)
     structure = structure_of(path)
     require_int8(structure, len(layers), NAME)
@@ -48,7 +49,7 @@ def run(settings: OnnxDynamicInt8Settings, out: Path, onnx: Path, text: Path) ->
         settings=settings,
         measured={
             **describe(structure),
-            "bits_per_weight": bits_per_weight(quantised.graph, model.graph),
+            "bits_per_weight": bits_per_weight(quantised.graph, numbers),
             "against_fp32": asdict(agreement),
         },
         libraries=LIBRARIES,
@@ -75,7 +76,7 @@ def quantise(model: onnx_format.ModelProto, settings: OnnxDynamicInt8Settings) -
     quantised = quantizer.model.model
     quantise_embeddings(quantised.graph, INT7_MAX if settings.reduce_range else INT8_MAX)
     drop_unused_initializers(quantised.graph)
-    return quantised
+    return compact(quantised)
 
 
 def describe(structure: Structure) -> dict:

@@ -41,6 +41,13 @@ def write_external(tensors: Iterable[TensorProto], path: Path) -> dict[str, Exte
     return places
 
 
+def compact(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model in as little memory as it takes: a message keeps the memory of what was removed from it as long as it lives."""
+    fresh = onnx.ModelProto()
+    fresh.CopyFrom(model)
+    return fresh
+
+
 def save_with_data(model: onnx.ModelProto, path: Path) -> None:
     """Write ``model`` to ``path`` and its weights to a file beside it, whatever their size. The model is left as it was, and not copied."""
     places = write_external(model.graph.initializer, path.with_name(path.name + ".data"))

@@ -21,7 +21,7 @@ from onnx import TensorProto, numpy_helper
 from exporters.artifact import read_sidecar, write_sidecar
 from exporters.onnx_agreement import COMPARED_WINDOWS, compare_hybrid
 from exporters.onnx_calibration import Feeds
-from exporters.onnx_files import External, refer, save_one_file, write_external
+from exporters.onnx_files import External, compact, refer, save_one_file, write_external
 from exporters.onnx_int8 import calibration_windows, static_int8
 from exporters.onnx_kv_cache import cache_bytes_per_token, described_tensors, kv_scales, store_as_int8
 from exporters.onnx_qdq import DEQUANTISED, drop_unused_initializers, linear_layers
@@ -127,9 +127,9 @@ def both_graphs(hybrid: Hybrid, model: onnx_format.ModelProto, windows: np.ndarr
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for name in tables.keys() - matrices.keys():
         matrices[name] = quantise_matrix(by_input(tensors[name], tables[name]), hybrid.embedding, covering_grid)
-    decode = onnx_format.ModelProto()
-    decode.CopyFrom(model)
+    decode = compact(model)
     insert(decode, matrices)
+    decode = compact(decode)
     restore_tables(prompt.graph, tensors, tables)
     keep_cache_only(prompt.graph)
     insert(prompt, {name: matrices[name] for name in token_tables(prompt.graph)})

@@ -14,10 +14,10 @@ import onnx as onnx_format
 from exporters.artifact import read_sidecar, write_sidecar
 from exporters.onnx_agreement import COMPARED_WINDOWS, Agreement, compare
 from exporters.onnx_calibration import Feeds, Range, activation_ranges
-from exporters.onnx_files import save_one_file
+from exporters.onnx_files import compact, save_one_file
 from exporters.onnx_kv_cache import cache_bytes_per_token, described_tensors, kv_scales, with_int8_cache
 from exporters.onnx_mixed import Form, forms_to_try, layers_to_leave, mixed, named_layers, require_mixed
-from exporters.onnx_qdq import Scheme, bits_per_weight, linear_layers, quantise
+from exporters.onnx_qdq import Scheme, bits_per_weight, linear_layers, numbers_in, quantise
 from exporters.onnx_rounding import compensate
 from exporters.onnx_sensitivity import Sensitivity, Switched, sensitivity
 from exporters.onnx_structure import Structure, structure_of
@@ -41,18 +41,20 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
     scales = kv_scales(settings.kv_cache, model, feeds, NAME)
     windows = np.load(text / "validation.npy")[:COMPARED_WINDOWS]
     targets, tried = Targets.of(settings), []
+    layers, numbers, fp32_bytes = linear_layers(model), numbers_in(model.graph), model.ByteSize()
+    del model  # as large as the weights, and seldom wanted again
 
     def missed(forms: dict[str, Form]) -> bool:
         """Write the file with ``forms`` over int8, and hold it against fp32."""
-        made = mixed(model, quantised, scheme, forms) if forms else quantised
+        made = mixed(onnx_format.load(source), quantised, scheme, forms) if forms else quantised
         save_one_file(with_int8_cache(made, scales), path, NAME)
         tried.append((forms, compare(source, path, windows, NAME)))
         return bool(targets.missed(tried[-1][1]))
 
     ruled_out = missed(dict.fromkeys(kept_float, "float"))
     costs = None
-    if ruled_out or model.ByteSize() <= settings.sensitivity_up_to_mb * 1e6:
-        switched = Switched(model, quantised, windows)
+    if ruled_out or fp32_bytes <= settings.sensitivity_up_to_mb * 1e6:
+        switched = Switched(onnx_format.load(source), quantised, windows)
         costs = sensitivity(switched, settings.sensitivity_windows)
         ranking = [cost.name for cost in costs.layers if cost.name not in kept_float]
         left = layers_to_leave(switched, ranking, targets) if ruled_out else ()
@@ -63,7 +65,7 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
     forms, agreement = tried[-1]
     structure = structure_of(path)
     two_step = [name for name in scheme.two_step if name not in forms]
-    require_mixed(structure, len(linear_layers(model)) + len(two_step), forms, NAME)
+    require_mixed(structure, len(layers) + len(two_step), forms, NAME)
     tensors = described_tensors(parent["tensors"], scales)
     write_sidecar(
         out,
@@ -75,7 +77,7 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
         parent=parent["sha256"],
         settings=settings,
         measured={
-            "bits_per_weight": bits_per_weight(onnx_format.load(path).graph, model.graph),
+            "bits_per_weight": bits_per_weight(onnx_format.load(path).graph, numbers),
             **describe(structure, two_step, forms, costs),
             "kv_cache_bytes_per_token": cache_bytes_per_token(tensors),
             "activations_zero_on_the_text": [name for name, found in scheme.ranges.items() if found.low == found.high == 0],
@@ -99,9 +101,7 @@ def static_int8(
     ranges = activation_ranges(model, inputs, feeds, settings.calibrator, artifact)
     two_step = two_step_layers(layers, ranges, settings.two_step_crest)
     scheme = Scheme(ranges, two_step, reduce_range=settings.reduce_range, per_channel=settings.per_channel, embedding=embedding)
-    copy = onnx_format.ModelProto()
-    copy.CopyFrom(model)
-    quantised = quantise(copy, scheme)
+    quantised = quantise(compact(model), scheme)
     if settings.rounding == "compensated":
         compensate(quantised, model, layers, feeds.windows)
     return quantised, scheme

@@ -12,6 +12,7 @@ from typing import Literal
 import onnx
 from onnx import numpy_helper
 
+from exporters.onnx_files import compact
 from exporters.onnx_qdq import Scheme, linear_layers, quantise
 from exporters.onnx_sensitivity import EMBEDDING, Switched
 from exporters.onnx_structure import Structure, require_fast_operands
@@ -67,10 +68,8 @@ def mixed(model: onnx.ModelProto, quantised: onnx.ModelProto, scheme: Scheme, fo
     int8 weights are those of ``quantised``, as they were rounded there.
     """
     linear = tuple(name for name in linear_layers(model) if name in forms)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
     two_step = tuple(name for name in scheme.two_step if name not in forms)
-    made = quantise(copy, replace(scheme, two_step=two_step, exclude=linear, embedding=EMBEDDING not in forms))
+    made = quantise(compact(model), replace(scheme, two_step=two_step, exclude=linear, embedding=EMBEDDING not in forms))
     rounded = {tensor.name: tensor for tensor in quantised.graph.initializer}
     for tensor in made.graph.initializer:
         if tensor.name in rounded:

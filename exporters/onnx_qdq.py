@@ -9,6 +9,7 @@ steps. It is quantised in two steps: the value, and what rounding left of it, wh
 Both meet the same int8 matrix, and the sum is as exact as with 16 bits.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from exporters.onnx_calibration import Range
+from exporters.onnx_files import compact
 from exporters.onnx_structure import is_token_gather
 
 INT8_MAX, INT7_MAX = 127, 63
@@ -74,7 +76,7 @@ def quantise(model: onnx.ModelProto, scheme: Scheme) -> onnx.ModelProto:
     if scheme.embedding:
         quantise_embeddings(quantised.graph, INT7_MAX if scheme.reduce_range else INT8_MAX)
     drop_unused_initializers(quantised.graph)
-    return quantised
+    return compact(quantised)
 
 
 def represented(found: Range, two_step: bool) -> tuple[np.float32, np.float32]:
@@ -134,10 +136,14 @@ def drop_unused_initializers(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(kept)
 
 
-def bits_per_weight(graph: onnx.GraphProto, model: onnx.GraphProto) -> float:
-    """Everything that ``graph`` stores, scales and zero points too, over the numbers that its fp32 parent ``model`` stores."""
-    stored = sum(numpy_helper.to_array(tensor).nbytes for tensor in graph.initializer)
-    return 8 * stored / sum(numpy_helper.to_array(tensor).size for tensor in model.initializer)
+def numbers_in(graph: onnx.GraphProto) -> int:
+    """How many numbers a graph stores."""
+    return sum(math.prod(tensor.dims) for tensor in graph.initializer)
+
+
+def bits_per_weight(graph: onnx.GraphProto, numbers: int) -> float:
+    """Everything that ``graph`` stores, scales and zero points too, over the ``numbers_in`` its fp32 parent."""
+    return 8 * sum(numpy_helper.to_array(tensor).nbytes for tensor in graph.initializer) / numbers
 
 
 def _quantised_table(table: np.ndarray, axis: int, largest: int, names: tuple[str, str]) -> list[TensorProto]:

@@ -19,6 +19,7 @@ from exporters.onnx_calibration import Feeds, observe, observing_session
 
 GRAM_BYTES = 512 * 2**20
 DAMPING = 0.1  # of the mean diagonal, added to it: channels that hardly vary must not take back much
+OUTPUTS_AT_ONCE = 32768  # outputs don't meet, so their number bounds the memory and changes nothing
 BLOCK = 128  # input channels whose corrections reach the rest of the matrix in one product
 
 
@@ -97,9 +98,18 @@ def gram_matrices(model: onnx.ModelProto, names: list[str], feeds: Feeds) -> dic
 
 
 def compensated_rounding(weight: np.ndarray, scale: np.ndarray, gram: np.ndarray, largest: int) -> np.ndarray:
-    """int8 ``[in, out]`` for ``weight`` ``[in, out]``, ``scale`` ``[out]`` and ``gram`` ``[in, in]``, within ``±largest``."""
-    grid = Grid(scale, 0, -largest, largest)
-    return compensated_codes(weight, gram, lambda *_: grid, BLOCK).astype(np.int8)
+    """int8 ``[in, out]`` for ``weight`` ``[in, out]``, ``scale`` ``[out]`` or one number and ``gram`` ``[in, in]``, within ``±largest``."""
+    rounded, scale = np.empty(weight.shape, np.int8), np.broadcast_to(scale, weight.shape[1:])
+    for part in parts_of_outputs(weight):
+        grid = Grid(scale[part], 0, -largest, largest)
+        rounded[:, part] = compensated_codes(weight[:, part], gram, lambda *_, grid=grid: grid, BLOCK)
+    return rounded
+
+
+def parts_of_outputs(weight: np.ndarray) -> list[slice]:
+    """Outputs of ``weight`` ``[in, out]`` in parts that are rounded by themselves: a head's float64 copies would take gigabytes."""
+    outputs = weight.shape[1]
+    return [slice(start, min(start + OUTPUTS_AT_ONCE, outputs)) for start in range(0, outputs, OUTPUTS_AT_ONCE)]
 
 
 def compensated_codes(weight: np.ndarray, gram: np.ndarray, choose: ChooseGrid, block: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import onnxruntime
 
 from exporters.onnx_files import save_with_data
 
+LARGE_BYTES = 1_000_000_000  # of weights: from here on memory counts for more than the runtime's speed
 WARNINGS_OFF = 3  # ORT's severity "error": it warns about operators that run on the CPU on purpose
 CACHE_TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
@@ -19,6 +20,9 @@ def open_session(model: Path, level=onnxruntime.GraphOptimizationLevel.ORT_ENABL
     options = onnxruntime.SessionOptions()
     options.log_severity_level = WARNINGS_OFF
     options.graph_optimization_level = level
+    data = model.with_name(model.name + ".data")
+    if data.is_file() and data.stat().st_size > LARGE_BYTES:
+        options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy every matrix out of the mapped file
     return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 

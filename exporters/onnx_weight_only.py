@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from exporters.artifact import read_sidecar, write_sidecar
 from exporters.onnx_agreement import COMPARED_WINDOWS, compare
-from exporters.onnx_files import save_one_file
+from exporters.onnx_files import compact, save_one_file
 from exporters.onnx_qdq import drop_unused_initializers, linear_layers
 from exporters.onnx_rounding import weight_grams
 from exporters.onnx_structure import Structure, is_token_gather, require_blocks, structure_of
@@ -56,7 +56,9 @@ def write_artifact(variant: Variant, out: Path, onnx: Path, text: Path) -> None:
     layers = linear_layers(model)
     matrices = quantised_matrices(model, variant, np.load(text / "calibration.npy")[: variant.settings.windows])
     shared = insert(model, matrices)
+    model = compact(model)
     save_one_file(model, path, variant.name)
+    del model
     structure = structure_of(path)
     require_blocks(structure, len(layers), variant.name)
     agreement = compare(source, path, np.load(text / "validation.npy")[:COMPARED_WINDOWS], variant.name)

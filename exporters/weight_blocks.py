@@ -5,11 +5,11 @@ block is filled up with zeros where the block size does not divide the inputs. F
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from exporters.onnx_rounding import ChooseGrid, Grid, compensated_codes
+from exporters.onnx_rounding import ChooseGrid, Grid, compensated_codes, parts_of_outputs
 
 SEARCHED_SCALES = np.linspace(0.6, 1.05, 16)  # of the scale that just covers a block; below 1 its largest weights are clipped
 SEARCHED_ZEROS = (-2, -1, 0, 1, 2)  # codes beside the zero that plain rounding would take
@@ -108,9 +108,14 @@ def quantise_matrix(weight: np.ndarray, layout: Layout, fit: Fit, importance: np
 
 def quantise_compensated(weight: np.ndarray, layout: Layout, fit: Fit, gram: np.ndarray) -> Blocks:
     """``weight`` ``[in, out]`` rounded after GPTQ, for inputs of ``gram`` ``[in, in]``."""
-    chosen: list[Grid] = []
-    choose = _recording(layout, fit, importance_of(gram), chosen)
-    return _blocks(layout, compensated_codes(weight, gram, choose, layout.block).astype(np.uint8), chosen)
+    parts = []
+    for outputs in parts_of_outputs(weight):
+        chosen: list[Grid] = []
+        choose = _recording(layout, fit, importance_of(gram), chosen)
+        codes = compensated_codes(weight[:, outputs], gram, choose, layout.block).astype(np.uint8)
+        parts.append(_blocks(layout, codes, chosen))
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")}
+    return replace(parts[0], **arrays)
 
 
 def importance_of(gram: np.ndarray) -> np.ndarray:

@@ -148,6 +148,13 @@ def test_a_prompt_graph_without_its_matrices_is_not_opened(hybrid):
         open_session(read_artifact(hybrid()).prompt.path)
 
 
+def test_threads_of_one_graph_do_not_spin_on_the_cores_of_the_other(hybrid):
+    """Without a word a prompt takes twice as long with two threads: what the decode graph's threads spin is missing to the prompt's."""
+    session = open_host(hybrid(), "onnxruntime")
+    for each in (session._session, session._prompt_session):
+        assert each.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 class ReadsOurs:
     """A prompt session that goes on reading the matrices that it was given."""
 

@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from conftest import VOCABULARY
-from exporters import onnx_int8
+from exporters import onnx_int8, onnx_rounding
 from exporters.artifact import sha256_of
 from exporters.onnx_agreement import compare, require_live
 from exporters.onnx_calibration import (
@@ -29,6 +29,7 @@ from exporters.onnx_structure import require_int8, structure_of
 from exporters.settings import OnnxInt8Settings
 from exporters.tests.conftest import CASES as SHARED_CASES
 from exporters.tests.conftest import WINDOW
+from exporters.weight_blocks import Layout, quantise_compensated, searched_grid
 from models.errors import GateError, UserError
 
 STEPS = 6
@@ -248,6 +249,22 @@ def test_compensated_rounding_beats_nearest_on_inputs_that_move_together():
     errors = [np.square(inputs @ (matrix * scale - weight)).mean() for matrix in (nearest, rounded)]
     assert rounded.dtype == np.int8 and np.abs(rounded).max() <= 15
     assert errors[1] < errors[0] / 3
+
+
+def test_a_wide_matrix_is_rounded_in_parts_and_comes_out_the_same(monkeypatch):
+    draws = np.random.default_rng(4)
+    weight, inputs = draws.normal(size=(16, 70)).astype(np.float32), draws.normal(size=(64, 16)).astype(np.float32)
+    gram, layout = inputs.T @ inputs, Layout(bits=4, block=8, symmetric=False)
+    scale = np.abs(weight).max(0) / 15
+
+    def made():
+        blocks = quantise_compensated(weight, layout, searched_grid, gram)
+        return compensated_rounding(weight, scale, gram, 15), blocks.codes, blocks.scales, blocks.zeros
+
+    whole = made()
+    monkeypatch.setattr(onnx_rounding, "OUTPUTS_AT_ONCE", 32)
+    for one, other in zip(whole, made(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_compensated_rounding_of_an_input_that_is_always_zero_is_nearest():
