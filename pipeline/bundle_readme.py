@@ -8,37 +8,53 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.manifest import Artifact, Manifest
 from pipeline.report import Report, report_json
 from pipeline.report_html import TEMPLATES
-
-OTHER_TENSORS = ("tflite_full_int8",)  # its inputs, outputs and cache are int8: the examples feed floats
+from pipeline.variants import OTHER_TENSORS
 
 
 def readme(manifest: Manifest, report: Report) -> str:
-    """README.md for whoever puts the bundle into an app; its numbers come from the report."""
+    """README.md for whoever puts the bundle into an app; its numbers come from the report, its files from the manifest."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(first_layer=first_layer, shown=shown, percent=percent, agreements=agreements)
+    environment.globals.update(signatures=signatures, shown_signatures=shown_signatures)
+    files = {file.path: file for file in manifest.files}
+    opened = {other.name for other in manifest.other_runtimes if other.opens}
     return environment.get_template("bundle_readme.md.j2").render(
         manifest=manifest,
         report=json.loads(report_json(report)),
-        formats={entry.format for entry in manifest.artifacts},
+        has=files.__contains__,
+        opens=opened.__contains__,
+        tokenizer_bytes=files[manifest.tokenizer.file].bytes,
+        examples=sorted(path for path, file in files.items() if file.role == "example" and path.endswith(".py")),
         onnx=recommended(manifest, "onnx"),
         tflite=recommended(manifest, "tflite"),
+        other_tensors=OTHER_TENSORS,
     )
 
 
 def recommended(manifest: Manifest, form: str) -> Artifact | None:
-    """The file that the examples open: static int8 if it is there, else the smallest that takes floats; None without one."""
-    fitting = [entry for entry in manifest.artifacts if entry.format == form and entry.name not in OTHER_TENSORS]
-    return min(fitting, key=lambda entry: (not entry.name.endswith("static_int8"), entry.bytes), default=None)
+    """The file of a format to begin with, or None where the bundle has no such file."""
+    return next((entry for entry in manifest.artifacts if entry.format == form and entry.recommended), None)
 
 
-def agreements(report: dict) -> dict[str, float]:
-    """By device that is not the one that built: the smallest share of equal first choices over all that ran there."""
+def signatures(artifact: Artifact) -> dict[str, int]:
+    """Tokens of one call of each signature of a TFLite file."""
+    tokens = {name: [tensor for tensor in sides["inputs"] if tensor["name"] == "tokens"] for name, sides in artifact.tensors.items()}
+    return {name: found[0]["shape"][-1] for name, found in sorted(tokens.items()) if found}
+
+
+def shown_signatures(artifact: Artifact) -> list[str]:
+    """The signature for single tokens, and one of those for prompts: the others differ in one size."""
+    return sorted(artifact.tensors)[:2]
+
+
+def agreements(manifest: Manifest) -> dict[str, float]:
+    """By device that is not the one that built: the smallest share of equal first choices over all files here that ran there."""
     found: dict[str, float] = {}
-    for artifact in report["artifacts"]:
-        for device in artifact["devices"]:
-            if device["against_local"]:
-                name = f"{device['device']} ({device['isa']}{', emulated' if device['emulated'] else ''})"
-                found[name] = min(found.get(name, 1.0), device["against_local"]["top1"])
+    for artifact in manifest.artifacts:
+        for device in artifact.runtimes:
+            if device.against_local:
+                name = f"{device.device} ({device.isa}{', emulated' if device.emulated else ''})"
+                found[name] = min(found.get(name, 1.0), device.against_local.top1)
     return found
 
 

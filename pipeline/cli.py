@@ -14,8 +14,7 @@ import typer
 
 from device_tests.errors import DeviceTestError
 from models.errors import NO_ROOM, GateError, StageDied, UserError
-from pipeline import cli_devices, cli_records, cli_study, cli_text
-from pipeline.cli_devices import build
+from pipeline import cli_bundle, cli_devices, cli_records, cli_study, cli_text
 from pipeline.cli_options import (
     OUT,
     WORK,
@@ -23,7 +22,6 @@ from pipeline.cli_options import (
     Calibration,
     Evaluation,
     Model,
-    Out,
     RecipeFile,
     Settings,
     Work,
@@ -78,42 +76,6 @@ def run(
         print(json.dumps({"folders": {name: str(path) for name, path in folders.items()}, "stages": runner.as_rows(runs)}, indent=1))
 
 
-@app.command(epilog="Example: `pocketlm bundle --model org/name --out dist`")
-def bundle(
-    recipe: RecipeFile = None, model: Model = None, calibration: Calibration = None, evaluation: Evaluation = None,
-    settings: Settings = None, work: Work = WORK, out: Out = OUT, as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """The whole road: run the stages, measure every artifact in its runtimes, judge, and write the bundle."""
-    build(read_recipe(recipe, model, calibration, evaluation, settings), work, out, as_json, again=False)
-
-
-@app.command(epilog="Example: `pocketlm verify dist/demo-android-bundle.zip`")
-def verify(
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder or zip")],
-    threads: Annotated[int, typer.Option(min=1, help="threads of each runtime")] = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Check every name, size and hash of a bundle, then replay its golden vectors in every runtime installed here."""
-    from dataclasses import asdict
-
-    from pipeline.verify import verify_bundle
-
-    found = verify_bundle(path, threads)
-    if as_json:
-        print(json.dumps({**asdict(found), "passed": found.passed}, indent=1))
-    else:
-        hashes = "NOT as it was built" if found.faults else "all hashes right"
-        print(f"{found.name}: {found.files} files, {found.bytes} bytes, {hashes}")
-        for replay in found.replays:
-            verdict = "passed" if replay.passed else "FAILED"
-            print(f"  {replay.artifact} in {replay.runtime}: {verdict} (largest difference {replay.max_abs_diff})")
-        for runtime in found.not_installed:
-            print(f"  {runtime} is not installed here and was not tried")
-    if not found.passed:
-        failures = [line for replay in found.replays for line in replay.failures]
-        raise GateError("\n".join([*found.faults, *failures, f"{path}: not verified; take the bundle from its source again"]))
-
-
 @app.command(epilog="Examples: `pocketlm bench --threads 1 --threads 2`; `pocketlm bench --size 139m --only onnx_ --rounds 5`")
 def bench(
     recipe: RecipeFile = None, model: Model = None, calibration: Calibration = None, evaluation: Evaluation = None,
@@ -144,6 +106,7 @@ def bench(
         raise GateError("\n".join(["bench: int8 is not what it should be", *lines]))
 
 
+app.add_typer(cli_bundle.app)
 app.add_typer(cli_text.app)
 app.add_typer(cli_devices.app)
 app.add_typer(cli_records.app)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from models.errors import UserError
+from pipeline.cli_bundle import build
 from pipeline.cli_options import (
     OUT,
     WORK,
@@ -28,34 +29,6 @@ Devices = Annotated[
     list[str] | None,
     typer.Option("--device", help="local, arm64, arm64?cpu=cortex-a72, avx2, ssh://user@host, adb://serial; may be given again"),
 ]
-
-
-def build(chosen, work: Path, out: Path, as_json: bool, again: bool) -> None:
-    from pipeline import road
-    from pipeline.table import COLUMNS, MATRIX_COLUMNS, matrix_rows, price, rows, skipped_lines
-
-    built = road.build(chosen, road.Places(work, out), tell, measure_again=again)
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "folder": str(built.folder),
-                    "zip": str(built.archive),
-                    "up_to_date": not built.measured,
-                    "report": built.report,
-                },
-                indent=1,
-            )
-        )
-    else:
-        print_table(COLUMNS, rows(built.report), price(built.report))
-        if matrix := matrix_rows(built.report["artifacts"]):
-            print_table(MATRIX_COLUMNS, matrix, "each against the same artifact in the same runtime on this machine")
-        for line in skipped_lines(built.report["skipped"]):
-            print(line)
-        print("artifacts and report are up to date; nothing was measured again" if not built.measured else "measured just now")
-        print(built.folder)
-        print(built.archive)
 
 
 @app.command(

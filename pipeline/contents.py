@@ -1,25 +1,31 @@
 """The files of a bundle, folder or zip, looked at without trusting them: names and sizes first, bytes in blocks after.
 
-A zip is judged by its directory before a byte of it is unpacked: paths that leave the folder, links, and sizes that a bundle
-cannot have.
+A zip, whole or in parts, is judged by its directory before a byte of it is unpacked: paths that leave the folder, links, and sizes
+that a bundle cannot have.
 """
 
 import os
 import shutil
 import stat
+import struct
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from models.errors import UserError
+from pipeline.zip_parts import is_part, joined, parts_beside
 
 MAX_INFLATION = 200  # a bundle unpacks to a few times its size; a bomb to a thousand times
+MAX_FILES = 10_000  # a bundle has about a hundred
 BLOCK_BYTES = 1 << 20
-BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)  # what reading may raise
+UNPRINTABLE = "a name with characters that cannot be shown, which no bundle has"
+BROKEN = (  # what reading a damaged zip may raise
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError, OverflowError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,18 +40,20 @@ class Contents:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Contents]:
-    """The contents of a bundle. UserError when ``path`` is neither a folder nor a zip."""
+    """The contents of a bundle. UserError when ``path`` is neither a folder, nor a zip, nor a part of one beside the others."""
     if path.is_dir():
         yield folder_contents(path)
         return
     if not path.is_file():
         raise UserError(f"{path}: no such bundle; give the folder or the zip that `pocketlm bundle` wrote")
-    try:
-        archive = zipfile.ZipFile(path)
-    except (*BROKEN, ValueError) as error:
-        raise UserError(f"{path}: no zip that can be read ({error}); give the bundle's folder or zip") from error
-    with archive:
-        yield zip_contents(archive, path.stat().st_size)
+    with ExitStack() as stack:
+        parts = parts_beside(path) if is_part(path) else [path]
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(joined(parts)) if is_part(path) else path))
+        except BROKEN as error:
+            hint = f", perhaps parts after {parts[-1].name} are missing" if is_part(path) else ""
+            raise UserError(f"{path}: no zip that can be read ({error}{hint}); give the bundle's folder or zip") from error
+        yield zip_contents(archive, sum(part.stat().st_size for part in parts))
 
 
 def folder_contents(folder: Path) -> Contents:
@@ -56,7 +64,9 @@ def folder_contents(folder: Path) -> Contents:
             path = Path(place) / name
             relative = path.relative_to(folder).as_posix()
             mode = path.lstat().st_mode
-            if stat.S_ISREG(mode):
+            if not relative.isprintable():
+                faults.append(f"{relative!a}: {UNPRINTABLE}")
+            elif stat.S_ISREG(mode):
                 sizes[relative] = path.lstat().st_size
             elif not stat.S_ISDIR(mode):
                 faults.append(f"{relative}: {'a link' if stat.S_ISLNK(mode) else 'a special file'}, which no bundle has")
@@ -66,17 +76,22 @@ def folder_contents(folder: Path) -> Contents:
         with open(descriptor, "rb") as file:
             yield from iter(lambda: file.read(BLOCK_BYTES), b"")
 
-    return Contents(sizes, faults, blocks, None)
+    return Contents(sizes, faults[:MAX_FILES] + too_many(len(sizes)), blocks, None)
+
+
+def too_many(count: int) -> list[str]:
+    return [f"{count} files, which no bundle has"] if count > MAX_FILES else []
 
 
 def zip_contents(archive: zipfile.ZipFile, packed_bytes: int) -> Contents:
     """Files of a zip by its directory, below the one folder that they all lie in; nothing is unpacked."""
-    sizes, faults, entries = {}, [], {}
+    sizes, entries = {}, {}
+    faults = too_many(len(archive.infolist()))
     roots = {entry.filename.split("/")[0] for entry in archive.infolist()}
     for entry in archive.infolist():
         fault = entry_fault(entry)
         if fault:
-            faults.append(f"{entry.filename!r}: {fault}")
+            faults.append(f"{entry.filename!a}: {fault}")
             continue
         if entry.is_dir():
             continue
@@ -98,6 +113,8 @@ def zip_contents(archive: zipfile.ZipFile, packed_bytes: int) -> Contents:
 def entry_fault(entry: zipfile.ZipInfo) -> str | None:
     """Why an entry may not be unpacked, or None."""
     original = entry.orig_filename
+    if not entry.filename.isprintable():
+        return UNPRINTABLE
     if original.startswith(("/", "\\")) or "\\" in original or ":" in original or "\0" in original:
         return "a path that leaves the folder"
     if ".." in PurePosixPath(original).parts:
@@ -105,6 +122,8 @@ def entry_fault(entry: zipfile.ZipInfo) -> str | None:
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         return "a link or special file, which no bundle has"
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"packed by method {entry.compress_type}, which no bundle is"
     if entry.flag_bits & 1:
         return "encrypted, which no bundle is"
     return None

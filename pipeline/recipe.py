@@ -55,7 +55,7 @@ class Recipe(StageSettings):
     """Which artifacts are made, every stage's settings under the stage's name, the gates, and how devices measure."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="the bundle is <name>-android-bundle")]
-    artifacts: Annotated[tuple[str, ...], Field(min_length=1, description="what the bundle holds")] = (
+    artifacts: Annotated[tuple[str, ...], Field(min_length=1, description="what is made and measured")] = (
         "onnx_fp32",
         "onnx_static_int8",
         "onnx_hybrid_int8",

@@ -5,12 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.bundle import BundleInputs, build_bundle, bundle_is_whole
+from pipeline.bundle import Bundle, build_bundle, bundle_at
+from pipeline.bundle_files import BundleInputs, BundleOptions
+from pipeline.bundle_kept import as_asked, whole_bundle
 from pipeline.fingerprint import ROOT, code_of, text_sha256, tree_sha256
 from pipeline.measure import check_devices, measure, measuring_modules
 from pipeline.recipe import Recipe
-from pipeline.report import build_report, report_json
-from pipeline.runner import as_rows, run_stages
+from pipeline.report import Report, build_report, read_report, report_json
+from pipeline.runner import StageRun, as_rows, run_stages
+from pipeline.variants import check_variants
 
 
 @dataclass(frozen=True)
@@ -23,31 +26,51 @@ class Places:
 
 @dataclass(frozen=True)
 class Built:
-    """A bundle: its folder, its zip, its report as plain data, and whether this call measured it."""
+    """A bundle, its report as plain data, and whether this call measured it and wrote it."""
 
-    folder: Path
-    archive: Path
+    bundle: Bundle
     report: dict
     measured: bool
+    written: bool
 
 
-def build(recipe: Recipe, places: Places, tell: Callable[[str, str], None], measure_again: bool = False) -> Built:
+def build(
+    recipe: Recipe,
+    places: Places,
+    tell: Callable[[str, str], None],
+    measure_again: bool = False,
+    options: BundleOptions | None = None,
+) -> Built:
     """Run the stages that are missing, measure, judge, and write the bundle.
 
     A bundle that was built from the same stage results, gates and measuring code, and whose every byte is still right, is
-    left as it is unless ``measure_again``. Raises GateError when an artifact fails; the report then lies beside the bundle's
-    place and an older bundle stays untouched.
+    left as it is unless ``measure_again``; where ``options`` ask for another form of it, it is written anew from its own report.
+    Raises GateError when an artifact fails; the report then lies beside the bundle's place and an older bundle stays untouched.
     """
+    options = options or BundleOptions()
     check_devices(recipe)
+    check_variants(options.variants or (), recipe.artifacts)
     folders, runs = run_stages(recipe, places.work, tell)
     key = build_key(recipe, folders)
     folder = places.out / f"{recipe.name}-android-bundle"
     archive = folder.with_suffix(".zip")
-    if not measure_again and bundle_is_whole(folder, archive, key):
-        return Built(folder, archive, json.loads((folder / "report.json").read_text(encoding="utf-8")), measured=False)
-    report = build_report(recipe, folders, measure(recipe, folders, places.work, tell), as_rows(runs))
-    build_bundle(BundleInputs(recipe, folders, report, key), places.out)
-    return Built(folder, archive, json.loads(report_json(report)), measured=True)
+    found = None if measure_again else whole_bundle(folder, archive, key)
+    if found and as_asked(found, archive, options):
+        return Built(bundle_at(folder, archive), as_data(read_report(folder / "report.json")), measured=False, written=False)
+    report = read_report(folder / "report.json") if found else measured_report(recipe, folders, places.work, runs, tell)
+    bundle = build_bundle(BundleInputs(recipe, folders, report, key, options), places.out)
+    return Built(bundle, as_data(report), measured=not found, written=True)
+
+
+def measured_report(
+    recipe: Recipe, folders: dict[str, Path], work: Path, runs: list[StageRun], tell: Callable[[str, str], None]
+) -> Report:  # fmt: skip
+    """What the artifacts are, measured now."""
+    return build_report(recipe, folders, measure(recipe, folders, work, tell), as_rows(runs))
+
+
+def as_data(report: Report) -> dict:
+    return json.loads(report_json(report))
 
 
 def build_key(recipe: Recipe, folders: dict[str, Path]) -> str:

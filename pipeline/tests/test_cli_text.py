@@ -12,7 +12,7 @@ import pytest
 from pipeline.bundle import BundleInputs, build_bundle
 from pipeline.report import build_report
 from pipeline.runner import with_our_path
-from pipeline.tests.fake_road import fake_outcome, fake_recipe, fake_road, fake_stages, with_toy
+from pipeline.tests.fake_road import EVERYTHING, fake_outcome, fake_recipe, fake_road, fake_stages, with_toy
 
 PROGRAM = "from pipeline.cli import main; main()"
 # The same with a model that takes its time and says when it has a token, so that somebody can press Ctrl-C.
@@ -32,7 +32,7 @@ def bundle(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("text")
     road = with_toy(fake_road(root / "road"))
     report = build_report(fake_recipe(), road, fake_outcome(road), fake_stages())
-    return build_bundle(BundleInputs(fake_recipe(), road, report, "key"), root / "dist").folder
+    return build_bundle(BundleInputs(fake_recipe(), road, report, "key", EVERYTHING), root / "dist").folder
 
 
 def generate(bundle: Path, *arguments: str, stdin: bytes = b"", code: str = PROGRAM) -> subprocess.CompletedProcess:

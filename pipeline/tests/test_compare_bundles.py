@@ -21,7 +21,7 @@ from pipeline.report import build_report, report_json
 from pipeline.report_again import write_again
 from pipeline.report_html import device_report_html
 from pipeline.runner import with_our_path
-from pipeline.tests.fake_road import ARTIFACTS, fake_outcome, fake_road, fake_stages
+from pipeline.tests.fake_road import ARTIFACTS, EVERYTHING, fake_outcome, fake_road, fake_stages
 from pipeline.tests.pages import SCREEN_NAMES, SCREENS, faults_of_layout, faults_of_numbers, numbers_on, open_details, opened, written
 
 DEMO_REPORT = ROOT / "docs" / "demo-report.json"
@@ -32,7 +32,7 @@ def built(out: Path, settings: tuple[str, ...] = (), name: str = "tiny", seconds
     road = fake_road(out / "road")
     stages = [{**stage, "seconds": seconds} for stage in fake_stages()]
     report = build_report(recipe, road, fake_outcome(road), stages)
-    return build_bundle(BundleInputs(recipe, road, report, "key"), out / "dist")
+    return build_bundle(BundleInputs(recipe, road, report, "key", EVERYTHING), out / "dist")
 
 
 @pytest.fixture(scope="module")

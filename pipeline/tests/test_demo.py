@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,17 +20,17 @@ from playwright.sync_api import expect
 
 from pipeline import demo_run
 from pipeline.bundle import BundleInputs, build_bundle
-from pipeline.demo import DemoServer, demo_page
+from pipeline.bundle_files import BundleOptions
+from pipeline.demo import DemoServer, Handler, demo_page
 from pipeline.demo_columns import Column, columns
 from pipeline.demo_run import Demo
 from pipeline.fingerprint import ROOT
 from pipeline.generate import generate
 from pipeline.manifest import Manifest
-from pipeline.recipe import load_recipe
 from pipeline.report import build_report
 from pipeline.runner import with_our_path
 from pipeline.streaming import GenerateOptions
-from pipeline.tests.fake_road import ARTIFACTS, fake_outcome, fake_road, fake_stages, with_toy
+from pipeline.tests.fake_road import BEST, EVERYTHING, fake_outcome, fake_recipe, fake_road, fake_stages, with_toy
 from pipeline.tests.pages import PHONE, SCREEN_NAMES, SCREENS, faults_of_layout, opened
 
 PROMPT = "def f(x):"
@@ -57,22 +58,20 @@ def road(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-def built(road: dict[str, Path], out: Path, artifacts: tuple[str, ...]) -> Path:
-    recipe = load_recipe(None, ['name="tiny"', f"artifacts={json.dumps(artifacts)}"])
-    outcome = fake_outcome(road)
-    outcome.results = [result for result in outcome.results if result["artifact"] in artifacts]
-    return build_bundle(BundleInputs(recipe, road, build_report(recipe, road, outcome, fake_stages()), "key"), out).folder
+def built(road: dict[str, Path], out: Path, options: BundleOptions) -> Path:
+    report = build_report(fake_recipe(), road, fake_outcome(road), fake_stages())
+    return build_bundle(BundleInputs(fake_recipe(), road, report, "key", options), out).folder
 
 
 @pytest.fixture(scope="module")
 def bundle(road, tmp_path_factory) -> Path:
-    return built(road, tmp_path_factory.mktemp("whole"), ARTIFACTS)
+    return built(road, tmp_path_factory.mktemp("whole"), EVERYTHING)
 
 
 @pytest.fixture(scope="module")
 def small(road, tmp_path_factory) -> Path:
     """A bundle without fp32."""
-    return built(road, tmp_path_factory.mktemp("small"), ("onnx_static_int8", "tflite_static_int8"))
+    return built(road, tmp_path_factory.mktemp("small"), BundleOptions(variants=BEST))
 
 
 def columns_of(bundle: Path, work: Path) -> tuple[Column, ...]:
@@ -187,7 +186,8 @@ def test_only_the_loopback_address_is_listened_on(server):
     port = f"{server.server_port:04X}"
     listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines() if line.split()[3] == "0A"]
     assert [address for address in listening if address.endswith(f":{port}")] == [f"0100007F:{port}"]  # 127.0.0.1, little endian
-    assert f":{port} " not in Path("/proc/net/tcp6").read_text()
+    other = Path("/proc/net/tcp6")
+    assert not other.exists() or f":{port} " not in other.read_text()
 
 
 @pytest.mark.parametrize(
@@ -232,6 +232,15 @@ def test_what_makes_no_sense_is_refused_in_one_line(server, body, status, words)
 @pytest.mark.parametrize(("length", "status"), [(str((1 << 20) + 1), 413), ("-1", 415), ("\u0661".encode().decode("latin-1"), 415)])
 def test_a_body_of_a_length_that_cannot_be_is_not_read(server, length, status):
     assert ask(server, body=b"x", Content_Length=length)[0] == status
+
+
+def test_a_connection_that_says_nothing_is_closed(server, monkeypatch):
+    monkeypatch.setattr(Handler, "timeout", 0.2)
+    for words in (b"", b"POST /stop HTTP/1.0\r\nHost: %s\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"):
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as connection:
+            connection.sendall(words.replace(b"%s", server.url.split("/")[2].encode()))
+            assert connection.recv(100) == b""
+    assert ask(server, body={"prompt": PROMPT, "max_tokens": 1})[0] == 200
 
 
 def test_a_prompt_that_does_not_fit_is_told_in_its_column(server):

@@ -14,7 +14,10 @@ from conftest import CONTEXT
 from device_tests.devices import WORK
 from models.checkpoint import load_model, load_tokenizer
 from pipeline import fingerprint
+from pipeline.manifest import Artifact, Manifest
 from pipeline.runner import with_our_path
+from pipeline.tests.other_runtimes import GENAI, LITERT_LM, OPTIMUM, check_same, said_by, said_by_ours
+from pipeline.tests.test_signing import KEY, pem
 
 SMALL = {
     "text.window_tokens": 64, "text.prompt_tokens": 16, "text.calibration_windows": 8, "text.evaluation_windows": 4,
@@ -38,6 +41,9 @@ RUNTIMES = {"onnx_fp32": {"onnxruntime"}, "onnx_static_int8": {"onnxruntime"}, "
 RUNTIMES |= {"tflite_fp32": {"litert", "tflite"}, "tflite_static_int8": {"litert", "tflite"}}
 
 
+EVERYTHING = ("--variants", "all")
+
+
 @dataclass(frozen=True)
 class Place:
     """A folder in which a person works, with a checkpoint and perhaps texts."""
@@ -50,8 +56,8 @@ class Place:
         command = [sys.executable, "-c", "from pipeline.cli import main; main()", *arguments]
         return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
 
-    def bundle(self) -> dict:
-        done = self.pocketlm("bundle", *self.options, "--json")
+    def bundle(self, *more: str) -> dict:
+        done = self.pocketlm("bundle", *self.options, *more, "--json")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -72,7 +78,7 @@ def built(request, checkpoints, text_file, tmp_path_factory):
     (folder / WORK).mkdir()
     (folder / WORK / "arm64-lab").symlink_to(lab)
     place = Place(folder, tuple(options))
-    return request.param, place, place.bundle()
+    return request.param, place, place.bundle(*EVERYTHING)
 
 
 def test_every_artifact_passed_in_every_runtime(built):
@@ -100,8 +106,8 @@ def test_a_second_run_measures_nothing_and_changes_nothing(built):
     _, place, said = built
     archive = place.folder / said["zip"]
     before = archive.read_bytes()
-    again = place.bundle()
-    assert again["up_to_date"] and again["report"] == said["report"] and archive.read_bytes() == before
+    again = place.bundle(*EVERYTHING)
+    assert again["up_to_date"] and not again["measured"] and again["report"] == said["report"] and archive.read_bytes() == before
 
 
 def test_pytorch_and_all_three_runtimes_write_the_same_greedy_text(built, checkpoints):
@@ -150,22 +156,61 @@ def test_verify_accepts_the_zip_and_names_a_changed_byte(built):
     devices = [device for artifact in said["report"]["artifacts"] for device in artifact["devices"]]
     assert len(json.loads(good.stdout)["replays"]) == sum(device["device"] == "local" for device in devices)
     folder = place.folder / said["folder"]
-    victim = next(folder.rglob("onnx_static_int8.onnx"))
+    named = json.loads((folder / "onnx/onnx_static_int8.json").read_text())["file"]
+    victim = folder / "onnx" / named
     whole = victim.read_bytes()
     victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     bad = place.pocketlm("verify", said["folder"])
     victim.write_bytes(whole)
-    assert bad.returncode == 1 and "onnx/onnx_static_int8.onnx: changed" in bad.stderr
+    assert bad.returncode == 1 and f"onnx/{named}: changed" in bad.stderr
 
 
 def test_a_missed_gate_is_exit_code_1_and_the_old_bundle_stays(built):
     _, place, said = built
     before = (place.folder / said["zip"]).read_bytes()
-    done = place.pocketlm("bundle", *place.options, "--set=gates.onnx_static_int8.kl=1e-12", '--set=device.devices=["local"]')
+    done = place.pocketlm("bundle", *place.options, *EVERYTHING, "--set=gates.onnx_static_int8.kl=1e-12", '--set=device.devices=["local"]')
     assert done.returncode == 1, done.stderr
     for word in ("kl ", "exceeds 1e-12", "onnx_static_int8", "worst"):
         assert word in done.stderr
     assert (place.folder / said["zip"]).read_bytes() == before
+
+
+@pytest.mark.parametrize("runtime", [GENAI, OPTIMUM], ids=["onnxruntime-genai", "optimum"])
+def test_other_runtimes_open_the_bundle_unchanged_and_say_the_same(built, runtime):
+    _, place, said = built
+    folder = place.folder / said["folder"]
+    artifact = artifact_of(folder, "onnx/model.onnx")
+    ours = said_by_ours(folder, artifact, "onnxruntime", 12)
+    check_same(said_by(runtime, folder / "onnx", 12), ours, artifact.interface.eos_token_id)
+
+
+def test_another_choice_signed_and_in_parts_is_written_from_the_same_measurement(built, tmp_path):
+    """The default bundle, with the files for other hosts; then all artifacts again, the same bytes as before."""
+    _, place, said = built
+    archive = place.folder / said["zip"]
+    before = archive.read_bytes()
+    key, public = pem(KEY, tmp_path / "key.pem")
+    made = place.bundle("--sign", str(key), "--split-mb", "0.2", "--litert-lm")
+    assert not made["measured"] and not made["up_to_date"] and made["report"] == said["report"]
+    formats = [name.split("_")[0] for name in made["artifacts"]]
+    assert formats == ["onnx", "tflite"] and len(made["parts"]) > 1 and made["share_of_fp32"] > 0
+    folder = place.folder / made["folder"]
+    assert len(list(folder.glob("onnx/*.onnx"))) <= 4 and list(folder.glob("litert/*.tflite")) == [folder / "litert/model.tflite"]
+    checked = place.pocketlm("verify", made["parts"][0], "--key", str(public), "--json")
+    assert checked.returncode == 0, checked.stderr
+    assert json.loads(checked.stdout)["signature"] == "checked"
+    ours = said_by_ours(folder, artifact_of(folder, "litert/model.tflite"), "litert", 12)
+    check_same(said_by(LITERT_LM, folder / "litert/model.litertlm", 12), ours, None)
+    again = place.bundle(*EVERYTHING)
+    assert not again["measured"] and archive.read_bytes() == before and not list(archive.parent.glob("*.zip.0*"))
+    unsigned = place.pocketlm("verify", again["zip"], "--key", str(public))
+    assert unsigned.returncode == 1 and "SHA256SUMS.sig: missing" in unsigned.stderr
+
+
+def artifact_of(folder: Path, file: str) -> Artifact:
+    """The artifact of a bundle that has this file."""
+    manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
+    return next(entry for entry in manifest.artifacts if entry.file == file)
 
 
 def test_plan_says_what_a_changed_setting_would_run(built):

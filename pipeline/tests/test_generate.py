@@ -21,7 +21,7 @@ from pipeline.generate import RUNTIMES, chosen_artifact, generate
 from pipeline.manifest import Manifest
 from pipeline.report import build_report
 from pipeline.streaming import INTERRUPTED, GenerateOptions, OneByOne, Request, Written, prompt_ids, stream, told_of
-from pipeline.tests.fake_road import fake_outcome, fake_recipe, fake_road, fake_stages, with_toy
+from pipeline.tests.fake_road import EVERYTHING, fake_outcome, fake_recipe, fake_road, fake_stages, with_toy
 from pipeline.text_pieces import StopAt, TextStream
 from pipeline.text_scoring import cut
 
@@ -33,7 +33,7 @@ def bundle(tmp_path_factory):
     root = tmp_path_factory.mktemp("generate")
     road = with_toy(fake_road(root / "road"))
     report = build_report(fake_recipe(), road, fake_outcome(road), fake_stages())
-    return build_bundle(BundleInputs(fake_recipe(), road, report, "key"), root / "dist")
+    return build_bundle(BundleInputs(fake_recipe(), road, report, "key", EVERYTHING), root / "dist")
 
 
 @pytest.fixture

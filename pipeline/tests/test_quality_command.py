@@ -19,7 +19,7 @@ from pipeline.quality_reference import PROVED, SAME_VECTORS, UNPROVED, belongs, 
 from pipeline.quality_table import POSITION_COLUMNS, QUALITY_COLUMNS, caption, position_rows, quality_rows, worst_text
 from pipeline.report import build_report
 from pipeline.settings import GoldenSettings
-from pipeline.tests.fake_road import fake_outcome, fake_recipe, fake_road, fake_stages, with_toy
+from pipeline.tests.fake_road import EVERYTHING, fake_outcome, fake_recipe, fake_road, fake_stages, with_toy
 from pipeline.tests.test_cli import refused
 from pipeline.tests.test_golden import write_text
 
@@ -149,7 +149,7 @@ def test_a_sidecar_s_runtimes_are_its_own_unless_one_is_asked_for(toy, tmp_path)
 def test_a_bundle_is_all_its_artifacts(toy, tmp_path):
     road = with_toy(fake_road(tmp_path / "road"))
     report = build_report(fake_recipe(), road, fake_outcome(road), fake_stages())
-    bundle = build_bundle(BundleInputs(fake_recipe(), road, report, "key"), tmp_path / "dist")
+    bundle = build_bundle(BundleInputs(fake_recipe(), road, report, "key", EVERYTHING), tmp_path / "dist")
     found = quality([bundle.folder], toy["golden"], QualityOptions(runtime="onnxruntime"), quiet)["results"]
     assert [(result["artifact"], result["belongs"]) for result in found] == [
         ("onnx_fp32", SAME_VECTORS),

@@ -10,27 +10,35 @@ import zlib
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from models.errors import GateError, UserError
 from pipeline import contents as reading
 from pipeline import verify as verifying
 from pipeline.bundle import BundleInputs, build_bundle
-from pipeline.manifest import File
+from pipeline.manifest import FORMAT_VERSION, File
 from pipeline.report import build_report
-from pipeline.tests.fake_road import fake_outcome, fake_recipe, fake_road, fake_stages, with_toy
+from pipeline.tests.fake_road import EVERYTHING, fake_outcome, fake_recipe, fake_road, fake_stages, with_toy
 from pipeline.verify import bundle_folder, verify_bundle
 from pipeline.zip_folder import write_zip
+from pipeline.zip_parts import split
 
 NAME = "tiny-android-bundle"
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A bundle whose ONNX artifacts run and whose TFLite artifacts are no models."""
+    """A bundle whose ONNX artifacts run and whose TFLite artifacts have no graph."""
     root = tmp_path_factory.mktemp("original")
     road = with_toy(fake_road(root / "road"))
     report = build_report(fake_recipe(), road, fake_outcome(road), fake_stages())
-    return build_bundle(BundleInputs(fake_recipe(), road, report, "key"), root / "dist").folder
+    return build_bundle(BundleInputs(fake_recipe(), road, report, "key", EVERYTHING), root / "dist").folder
+
+
+@pytest.fixture(scope="module")
+def packed(original, tmp_path_factory):
+    return zipped(original, tmp_path_factory.mktemp("packed") / "bundle.zip").read_bytes()
 
 
 @pytest.fixture
@@ -109,6 +117,70 @@ def test_a_changed_byte_in_any_file_is_found_and_named(folder, tmp_path):
     assert verify_bundle(folder, replay=False).passed
 
 
+CHANGES = ("flip", "cut", "grow", "empty", "delete", "rename", "add", "swap", "link", "folder")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(change=st.sampled_from(CHANGES), where=st.integers(0, 10**6), other=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_no_change_of_any_file_goes_unseen(original, change, where, other, bit):
+    """Any one change to any one file is a fault whose line names a file that it touched; taken back, the bundle is right again."""
+    names = every_file(original)
+    name, second = names[where % len(names)], names[other % len(names)]
+    path = original / name
+    kept = {each: (original / each).read_bytes() for each in (name, second)}
+    data, touched, new = kept[name], {name}, original / f"{name}{other % 10}"
+    assume(change != "swap" or kept[name] != kept[second])
+    if change == "flip":
+        place = other % len(data)
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+    elif change in ("cut", "grow", "empty"):
+        path.write_bytes({"cut": data[: other % len(data)], "grow": data + b"more", "empty": b""}[change])
+    elif change == "delete":
+        path.unlink()
+    elif change in ("rename", "add"):
+        new.write_bytes(data)
+        touched = {name, new.relative_to(original).as_posix()} if change == "rename" else {new.relative_to(original).as_posix()}
+        if change == "rename":
+            path.unlink()
+    elif change == "swap":
+        path.write_bytes(kept[second])
+        (original / second).write_bytes(data)
+        touched = {name, second}
+    else:
+        path.unlink()
+        path.symlink_to(original / second) if change == "link" else path.mkdir()
+    faults = verify_bundle(original).faults
+    path.unlink(missing_ok=True) if change != "folder" else path.rmdir()
+    new.unlink(missing_ok=True)
+    for each, content in kept.items():
+        (original / each).write_bytes(content)
+    assert faults and any(each in fault for fault in faults for each in touched), (change, name, faults)
+    assert not any("\n" in fault for fault in faults)
+    assert verify_bundle(original, replay=False).passed
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=3), cut=st.booleans())
+def test_no_damage_to_a_zip_breaks_out_or_goes_unseen(original, packed, places, cut):
+    """Changed bytes anywhere in a zip, its directory above all: a fault, an error in one line, or contents that are the same."""
+    data = bytearray(packed)
+    for share, change in places:
+        reach = 6000 if cut else len(data)  # half of the time near the end, where the directory is
+        data[len(data) - 1 - int(share * reach)] ^= change
+    path = original.parent / "damaged.zip"
+    path.write_bytes(data)
+    try:
+        found = verify_bundle(path, replay=False)
+    except UserError as error:
+        assert "no zip that can be read" in str(error)
+        return
+    assert found.passed == (found.faults == ())
+    if found.passed:
+        with zipfile.ZipFile(path) as archive:
+            contents = {entry.split("/", 1)[1]: archive.read(entry) for entry in archive.namelist()}
+        assert contents == {name: (original / name).read_bytes() for name in every_file(original)}
+
+
 def test_missing_extra_renamed_and_longer_files_are_named(folder):
     (folder / "LICENSE").unlink()
     (folder / "golden/golden.npz").rename(folder / "golden/silver.npz")
@@ -150,7 +222,24 @@ def rewrite_manifest(folder: Path, change) -> None:
     (folder / "SHA256SUMS").write_text("".join(f"{digest}  {path}\n" for path, digest in sorted(lines.items())))
 
 
-@pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "onnx/../../x", "a\\b", "C:x", "", ".", "a//b", "./a", "a\0b"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../outside",
+        "/etc/passwd",
+        "onnx/../../x",
+        "a\\b",
+        "C:x",
+        "",
+        ".",
+        "a//b",
+        "./a",
+        "a\0b",
+        "SHA256SUMS.sig",
+        "manifest.json",
+        "a\x1b[2J",
+    ],
+)
 def test_paths_in_the_manifest_stay_inside(folder, path):
     with pytest.raises(ValueError):
         File(path=path, sha256="0" * 64, bytes=1, role="report")
@@ -167,7 +256,7 @@ def test_artifact_outside_the_listed_files_is_refused(folder):
 def test_unknown_format_version_and_no_json(folder):
     rewrite_manifest(folder, lambda data: data.update(format_version=99))
     assert "format_version" in faults_of(folder)[0]
-    rewrite_manifest(folder, lambda data: data.update(format_version=1, surprise=1))
+    rewrite_manifest(folder, lambda data: data.update(format_version=FORMAT_VERSION, surprise=1))
     assert "surprise" in faults_of(folder)[0]
 
 
@@ -237,6 +326,74 @@ def test_bomb_that_lies_about_its_size_is_cut_and_named(folder, tmp_path):
     assert fault.startswith("LICENSE: changed") and "unreadable" in fault
 
 
+def test_what_is_extra_is_not_read_unless_it_may_be_the_missing_file(folder, monkeypatch):
+    (folder / "LICENSE").unlink()
+    with (folder / "onnx/bomb.bin").open("wb") as file:
+        file.truncate(1 << 40)  # sparse: takes no room, and would take an hour to read
+    (folder / "litert/small.bin").write_bytes(b"x")
+    read_of = verifying.sha256_or_fault
+    monkeypatch.setattr(
+        verifying, "sha256_or_fault", lambda contents, name: pytest.fail(name) if "bin" in name else read_of(contents, name)
+    )
+    assert faults_of(folder) == (
+        "litert/small.bin: extra, not in the manifest",
+        "onnx/bomb.bin: extra, not in the manifest",
+        "LICENSE: missing",
+    )
+
+
+def test_a_file_far_longer_than_the_manifest_says_is_not_read(folder):
+    with (folder / "onnx/model.onnx").open("r+b") as file:
+        file.truncate(1 << 40)
+    (fault,) = faults_of(folder)
+    assert fault.startswith(f"onnx/model.onnx: {1 << 40} bytes, the manifest says ")
+
+
+def test_more_files_than_any_bundle_has_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_FILES", 10)
+    assert faults_of(folder)[-1] == f"{len(every_file(folder))} files, which no bundle has"
+
+
+def test_names_that_would_change_the_terminal_are_shown_as_text(folder, tmp_path):
+    (folder / "onnx/\x1b[2Jevil\n").write_text("")
+    (fault,) = faults_of(folder)
+    assert fault == "'onnx/\\x1b[2Jevil\\n': a name with characters that cannot be shown, which no bundle has"
+    (folder / "onnx/\x1b[2Jevil\n").unlink()
+    entry = zipfile.ZipInfo(f"{NAME}/onnx/\x1b[2Jevil")
+    (fault,) = faults_of(edited_zip(folder, tmp_path / "evil.zip", (entry, b"")))
+    assert "\x1b" not in fault and "cannot be shown" in fault
+
+
+def test_two_names_that_are_one_on_some_systems_are_refused(folder):
+    rewrite_manifest(folder, lambda data: data["files"].append({**data["files"][0], "path": data["files"][0]["path"].upper()}))
+    (fault,) = faults_of(folder)
+    assert fault.startswith("manifest.json: files") and "one file on some systems" in fault
+
+
+def test_an_unknown_way_of_packing_is_refused(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "bzip2.zip", "w", zipfile.ZIP_BZIP2) as archive:
+        for name in every_file(folder):
+            archive.write(folder / name, f"{NAME}/{name}")
+    assert all("packed by method 12" in fault for fault in faults_of(tmp_path / "bzip2.zip"))
+
+
+def test_parts_of_a_zip_are_read_as_one_and_what_is_missing_is_named(folder, tmp_path):
+    archive = zipped(folder, tmp_path / "bundle.zip")
+    parts = split(archive, 50_000)
+    archive.unlink()
+    assert verify_bundle(parts[0], replay=False).passed and verify_bundle(parts[-1], replay=False).passed
+    with bundle_folder(parts[0]) as (place, manifest):
+        assert manifest.name == "tiny" and (place / "LICENSE").is_file()
+    last = parts[-1].read_bytes()
+    parts[-1].unlink()
+    with pytest.raises(UserError, match=f"perhaps parts after {parts[-2].name} are missing"):
+        verify_bundle(parts[0])
+    parts[-1].write_bytes(last)
+    parts[1].unlink()
+    with pytest.raises(UserError, match="002: this part is missing"):
+        verify_bundle(parts[0])
+
+
 def test_huge_manifest_is_not_read(folder):
     with (folder / "manifest.json").open("r+b") as file:
         file.truncate(1 << 30)  # sparse: takes no room
@@ -265,7 +422,7 @@ def test_program_may_use_a_bundle_beside_whose_files_others_lie(folder, tmp_path
     with bundle_folder(folder) as (place, manifest):
         assert place == folder and manifest.name == "tiny"
     with bundle_folder(zipped(folder, tmp_path / "bundle.zip")) as (place, _):
-        assert (place / "onnx/onnx_fp32.onnx").is_file() and not (place / "result.json").exists()
+        assert (place / "onnx/model.onnx").is_file() and not (place / "result.json").exists()
     assert not place.exists()
     (folder / "LICENSE").write_text("changed")
     with pytest.raises(GateError, match="LICENSE"), bundle_folder(folder):
