@@ -47,12 +47,10 @@ internal class LiteRtSession(files: ModelFiles, options: OpenOptions) : Session 
     override fun prefill(ids: IntArray, pause: () -> Unit): FloatArray {
         check(ids)
         var start = 0
-        while (start < ids.size) {
+        for (length in promptCalls(ids.size, prefills.map { it.tokens })) {
             if (start > 0) pause()
-            val left = ids.size - start
-            val signature = prefills.find { it.tokens >= left } ?: prefills.last()
-            val part = ids.copyOfRange(start, start + minOf(left, signature.tokens))
-            run(signature.signature, signature.tokens, part)
+            val part = ids.copyOfRange(start, minOf(ids.size, start + length))
+            run(prefills.first { it.tokens == length }.signature, length, part)
             start += part.size
         }
         return logits

@@ -112,13 +112,11 @@ class LanguageModel private constructor(
             val manifest = Manifest.read(folder, options.manifestSha256)
             val artifact = manifest.artifact(folder, options.artifact)
             val tokenizer = if (TextRules.FILE in manifest.files) {
-                Tokenizer.read(manifest.verified(folder, TOKENIZER), manifest.verified(folder, TextRules.FILE))
+                Tokenizer.read(manifest.verified(folder, manifest.tokenizer), manifest.verified(folder, TextRules.FILE))
             } else {
                 null
             }
             return LanguageModel(manifest, artifact, tokenizer, openSession(ModelFiles.verified(folder, manifest, artifact), options))
         }
-
-        private const val TOKENIZER = "tokenizer/tokenizer.json"
     }
 }

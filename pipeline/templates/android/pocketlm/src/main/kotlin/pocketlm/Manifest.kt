@@ -44,7 +44,12 @@ data class Prefill(val signature: String, val tokens: Int)
 data class ProvedFile(val path: String, val sha256: String, val bytes: Long)
 
 /** `manifest.json` of a bundle, and the check that a file on this device is the one that was proved. */
-class Manifest private constructor(val name: String, val artifacts: List<Artifact>, val files: Map<String, ProvedFile>) {
+class Manifest private constructor(
+    val name: String,
+    val artifacts: List<Artifact>,
+    val tokenizer: String,
+    val files: Map<String, ProvedFile>,
+) {
 
     /**
      * The file [path] below [root], after its length and SHA-256 were compared with the manifest.
@@ -95,7 +100,8 @@ class Manifest private constructor(val name: String, val artifacts: List<Artifac
             val json = JsonReader(ByteArrayInputStream(bytes).reader(Charsets.UTF_8))
             val fields = Fields(json.readValue(), FILE).also { json.end() }
             val files = fields.list("files").map { ProvedFile(plain(it.string("path")), it.string("sha256"), it.long("bytes")) }
-            return Manifest(fields.string("name"), fields.list("artifacts").map(::artifactOf), files.associateBy { it.path })
+            val tokenizer = plain(fields.part("tokenizer").string("file"))
+            return Manifest(fields.string("name"), fields.list("artifacts").map(::artifactOf), tokenizer, files.associateBy { it.path })
         }
 
         private fun artifactOf(fields: Fields): Artifact {
