@@ -18,7 +18,7 @@ from pipeline.variants import OTHER_TENSORS, Cost, cost_of
 TEMPLATES = Path(__file__).resolve().parent / "templates" / "android"
 VALUES = ".j2"  # ends the name of a template that values go into
 TEXT_RULES = "tokenizer/text_rules.json"
-KOTLIN = "2.1.21"  # of the project's compiler; the tests compile with the same one
+KOTLIN = "2.2.21"  # of the project's compiler; the tests compile with the same one
 MIN_SDK = 24  # Android 7.0: the lowest that onnxruntime-android takes; LiteRT takes 23
 # One AI or asset pack, as Play compresses it; from Google Play's table of size limits (answer 9859372 of its help)
 PACK_LIMIT_BYTES = 1_500_000_000

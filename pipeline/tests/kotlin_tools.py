@@ -26,7 +26,7 @@ from pipeline.whole_folder import made_whole
 
 HERE = Path(__file__).resolve().parent
 TOOLS = ROOT / ".pocketlm" / "kotlin"
-COMPILER_SHA256 = "3729934ce8eb82fc952020c5bfabcfa651ebcee826c45ca56d4390b68d5745f7"  # of npm's kotlin-compiler in that version
+COMPILER_SHA256 = "7a16b983e6c759893c1f262c0c4bca801b0b5953a166ff8494e0a7f8659fe44e"  # of npm's kotlin-compiler in that version
 CARRIER, CARRIER_VERSION = "pyserini", "0.40.0"
 CARRIER_SHA256 = "fbda53e84dbded1b120055a900976c37d6a53cc841d518f40e2a8b00e454377f"
 JAVA_VERSION = "1.17.0"  # of ONNX Runtime's Java classes in there
@@ -128,7 +128,7 @@ def kotlin_classes(name: str, sources: list[Path], classpath: list[Path]) -> Pat
 def kotlinc(classpath: list[Path], out: Path, sources: list[Path]) -> list[str]:
     """The command that compiles for Java 8's API; a warning fails."""
     home = compiler()
-    jars = [*(f"kotlin-{name}" for name in ("compiler", "stdlib", "reflect", "script-runtime")), "trove4j", "annotations-13.0"]
+    jars = [*(f"kotlin-{name}" for name in ("compiler", "stdlib", "reflect", "script-runtime")), "annotations-13.0"]
     own = [*(home / "lib" / f"{name}.jar" for name in jars), *standard_jars()]
     command = ["java", *JVM, "-cp", joined(own), "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler", "-kotlin-home", str(home)]
     command += ["-no-reflect", "-no-stdlib", "-jvm-target", "1.8", "-Xjdk-release=8", "-Werror"]
