@@ -6,6 +6,7 @@ from pathlib import Path
 
 from device_tests.artifact import Artifact
 from device_tests.errors import ArtifactFailure
+from device_tests.huge_pages import collapse, full_ranges
 from device_tests.onnx_hybrid import open_hybrid
 from device_tests.onnx_session import OnnxSession, cache_names
 
@@ -19,13 +20,13 @@ def open_model(artifact: Artifact, ort, threads: int) -> OnnxSession:
     def open_graph(path: Path, given: dict):
         refuse_ort_format(path)
         options = session_options(ort, threads)
-        if (
-            artifact.prompt is not None
-        ):  # the threads of one graph must not spin on the cores that the other needs: twice the time at 2 threads
+        if artifact.prompt is not None:  # threads of one graph must not spin on the cores that the other needs: it doubles the time
             options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3  # errors only: they arrive as exceptions, stderr is for the verdict
         if given:
             options.add_external_initializers(list(given), list(given.values()))
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # weights need no room to grow
+        before = full_ranges()
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # every error of the runtime is a class of its own below Exception
@@ -33,6 +34,8 @@ def open_model(artifact: Artifact, ort, threads: int) -> OnnxSession:
         differing = wanted ^ {tensor.name for tensor in session.get_inputs()}
         if differing:
             raise ArtifactFailure(f"{path.name}: inputs differ from the contract in {', '.join(sorted(differing)[:3])}")
+        if path == artifact.path:  # not a hybrid's prompt graph, which reads its weights once for many tokens
+            collapse(full_ranges() - before)
         return session
 
     if artifact.prompt is not None:
