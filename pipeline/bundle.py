@@ -183,7 +183,7 @@ def with_models(bundle: Path, inputs: BundleInputs) -> Manifest:
     if "onnx" in formats:
         others += complete_onnx(bundle, folders, [entry for entry in entries if entry.format == "onnx"], tokenizer)
     if options.ort:
-        entries = [add_ort_file(bundle, entry) if entry.format == "onnx" else entry for entry in entries]
+        entries = [add_ort_file(bundle, entry) if "ort" in more_forms(entry) else entry for entry in entries]
     if options.litert_lm:
         entries = [add_litert_lm(bundle, entry, prompt) if "litert_lm" in more_forms(entry) else entry for entry in entries]
     entries = [with_notes(bundle, entry) if entry.format == "tflite" else entry for entry in entries]

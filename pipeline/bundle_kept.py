@@ -7,6 +7,7 @@ from pipeline.bundle_files import BundleOptions
 from pipeline.contents import opened, read
 from pipeline.litert_lm import obstacle
 from pipeline.manifest import MANIFEST, Artifact, Manifest
+from pipeline.ort_format import FLATBUFFER_LIMIT_BYTES
 from pipeline.signing import key_sha256
 from pipeline.verify import verify_bundle
 from pipeline.zip_parts import parts_are
@@ -43,7 +44,7 @@ def as_asked(manifest: Manifest, archive: Path, options: BundleOptions) -> bool:
 def more_forms(artifact: Artifact) -> dict[str, str | None]:
     """The forms that an artifact can have besides its own, by option, and the file where it is there."""
     if artifact.format == "onnx":
-        return {"ort": artifact.ort_file}
+        return {"ort": artifact.ort_file} if artifact.bytes <= FLATBUFFER_LIMIT_BYTES else {}
     return {"litert_lm": artifact.litert_lm_file} if artifact.recommended and obstacle(artifact) is None else {}
 
 

@@ -27,7 +27,7 @@ def complete_onnx(bundle: Path, folders: dict[str, Path], entries: list[Artifact
         if (folders["cluster"] / name).is_file():
             shutil.copyfile(folders["cluster"] / name, bundle / "onnx" / name)
     found = [genai(main, tokenizer), optimum(main, read_json(bundle / "onnx" / CONFIGS[0]))]
-    if sum(entry.bytes for entry in entries) > FLATBUFFER_LIMIT_BYTES:
+    if max(entry.bytes for entry in entries) > FLATBUFFER_LIMIT_BYTES:
         reason = f"no {OPERATORS}: onnxruntime's tools make it from files in ORT format, which hold 2 GB at most"
         return [*found, OtherRuntime(name=SMALLER, opens=None, note=reason)]
     write_required_operators(graphs_of(bundle, entries, tokenizer), bundle / "onnx" / OPERATORS)
@@ -71,8 +71,16 @@ def write_tokenizer_config(source: Path, target: Path, fitting_class: str | None
     target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def other_cache(main: Artifact) -> str | None:
+    """Why hosts that make the first cache themselves may not know this one, or None."""
+    kinds = {tensor["dtype"] for tensor in main.tensors["inputs"] if tensor["name"].startswith("past_key_values.")} - {"float32"}
+    return f"not tried with a KV cache of {', '.join(sorted(kinds))}" if kinds else None
+
+
 def genai(main: Artifact, tokenizer: Tokenizer) -> OtherRuntime:
     """onnxruntime-genai reads ``genai_config.json``; a hybrid is one graph to it."""
+    if other := other_cache(main):
+        return OtherRuntime(name="onnxruntime-genai", opens=None, note=other)
     notes = []
     if main.prompt_file:
         notes.append(f"it knows one graph, so prompts go through {main.file} too: the first token comes later")
@@ -84,6 +92,8 @@ def genai(main: Artifact, tokenizer: Tokenizer) -> OtherRuntime:
 def optimum(main: Artifact, config: dict) -> OtherRuntime:
     """``ORTModelForCausalLM`` makes the first cache by the sizes that it finds in config.json."""
     name, sizes = "optimum-onnx (ORTModelForCausalLM)", main.interface
+    if other := other_cache(main):
+        return OtherRuntime(name=name, opens=None, note=other)
     heads, hidden = config.get("num_attention_heads", config.get("n_head")), config.get("hidden_size", config.get("n_embd"))
     if heads and hidden and hidden // heads != sizes.head_dim:
         note = f"it takes a head to be {hidden} / {heads} wide, which is {hidden // heads}; the heads here are {sizes.head_dim} wide"

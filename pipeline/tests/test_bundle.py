@@ -131,6 +131,16 @@ def test_manifest_says_how_to_call_and_where_it_was_proved(road, tmp_path):
     assert "LiteRT-LM feeds int32 tokens" in others["LiteRT-LM"].note
 
 
+def test_a_cache_of_other_numbers_promises_no_other_runtime(road, tmp_path):
+    path = road["onnx_int8"] / "onnx_static_int8.json"
+    sidecar = json.loads(path.read_text())
+    sidecar["tensors"]["inputs"][1]["dtype"] = "int8"
+    path.write_text(json.dumps(sidecar))
+    manifest = manifest_of(build(road, tmp_path / "dist").folder)
+    others = [other for other in manifest.other_runtimes if other.note == "not tried with a KV cache of int8"]
+    assert [other.opens for other in others] == [None, None]
+
+
 def test_chat_template_is_in_the_manifest_and_beside_the_model(road, tmp_path):
     (road["checkpoint"] / "chat_template.jinja").write_text("{{ messages }}")
     folder = build(road, tmp_path / "dist").folder
