@@ -25,7 +25,7 @@ class GoldenReplayTest {
         val golden = File(context.cacheDir, "golden.npz")
         assets.open("golden.npz").use { from -> golden.outputStream().use { from.copyTo(it) } }
         LanguageModel.open(folder, OpenOptions(manifestSha256 = sha256)).use { model ->
-            val result = model.replay(golden)
+            val result = runBlocking { model.replay(golden) }
             assertTrue(result.failures.joinToString("\n"), result.passed)
         }
     }

@@ -108,7 +108,7 @@ class Generation(
         if (flushed) return null
         flushed = true
         val text = stops.push(characters.finish()) + stops.finish()
-        return if (text.isEmpty() || stops.stopped) null else Token(null, text)
+        return if (text.isEmpty()) null else Token(null, text)
     }
 
     /** Leaves a long prompt between two chunks. */

@@ -12,6 +12,7 @@ import kotlinx.coroutines.flow.flow
 import kotlinx.coroutines.flow.flowOn
 import kotlinx.coroutines.sync.Mutex
 import kotlinx.coroutines.sync.withLock
+import kotlinx.coroutines.withContext
 
 /**
  * How a model is opened. [artifact] is needed only where the folder holds several models. [manifestSha256] binds the folder to the
@@ -70,8 +71,10 @@ class LanguageModel private constructor(
         synchronized(lock) { current?.cancel() }
     }
 
-    /** Replays golden vectors through this model on this device: see [GoldenReplay]. */
-    fun replay(golden: File): ReplayResult = synchronized(this) { GoldenReplay(session, artifact.gates).run(golden) }
+    /** Replays golden vectors through this model on this device, once a text in the making is done: see [GoldenReplay]. */
+    suspend fun replay(golden: File): ReplayResult = one.withLock {
+        withContext(Dispatchers.Default) { computing { GoldenReplay(session, artifact.gates).run(golden) } }
+    }
 
     override fun close() = synchronized(this) {
         if (!closed) session.close()

@@ -67,11 +67,9 @@ class MainActivity : Activity() {
     }
 
     private fun check(model: LanguageModel) = start {
-        val result = withContext(Dispatchers.IO) {
-            val golden = File(cacheDir, "golden.npz")
-            assets.open("golden.npz").use { from -> golden.outputStream().use { from.copyTo(it) } }
-            model.replay(golden)
-        }
+        val golden = File(cacheDir, "golden.npz")
+        withContext(Dispatchers.IO) { assets.open("golden.npz").use { from -> golden.outputStream().use { from.copyTo(it) } } }
+        val result = model.replay(golden)
         show(
             if (result.passed) getString(R.string.passed, result.maxAbsDiff, 100 * result.top1, result.tokens)
             else getString(R.string.failed, result.failures.joinToString()),
