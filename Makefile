@@ -20,8 +20,8 @@ BENCH_SIZES := $(if $(MODEL)$(RECIPE)$(CALIBRATION)$(EVALUATION),,$(or $(SIZE),d
 help:  ## list the targets
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
 
-android-bundle: $(READY)  ## model to bundle: MODEL= RECIPE= CALIBRATION= EVALUATION= OUT= SET="key=value ..." (no MODEL: the demo model)
-	@$(RUN) bundle $(GIVEN) $(PLACE)
+android-bundle: $(READY)  ## model to bundle: MODEL= RECIPE= CALIBRATION= EVALUATION= OUT= SET="key=value ..." VARIANTS= SIGN= (no MODEL: the demo model)
+	@$(RUN) bundle $(GIVEN) $(PLACE) $(if $(VARIANTS),--variants "$(VARIANTS)") $(if $(SIGN),--sign "$(SIGN)")
 
 device-test: $(READY)  ## measure and judge again: DEVICE="local arm64 ssh://pi@raspberrypi.local?threads=4" BUNDLE=, or the variables of android-bundle
 	@$(RUN) test $(if $(BUNDLE),"$(BUNDLE)") $(foreach device,$(DEVICE),--device "$(device)") $(GIVEN) $(PLACE)
