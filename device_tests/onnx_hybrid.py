@@ -6,6 +6,8 @@ file of weights is mapped, not read: its pages belong to the system, which can d
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 
 from device_tests.artifact import Artifact, Interface, Matrix, Prompt
@@ -41,9 +43,17 @@ class HybridSession(OnnxSession):
 
 
 def given_matrices(prompt: Prompt) -> dict[str, np.ndarray]:
-    """int8 ``[inputs, outputs]`` for every matrix of the prompt graph, by name."""
+    """int8 ``[inputs, outputs]`` for every matrix of the prompt graph, by name.
+
+    Each lies in a mapping of its own: what ``malloc`` is given back it keeps, or leaves as holes between what is needed longer.
+    """
     data = np.memmap(prompt.data, np.uint8, "r")
-    return {matrix.name: as_int8(data, matrix) for matrix in prompt.weights}
+    made = {}
+    for matrix in prompt.weights:
+        place = mmap.mmap(-1, matrix.inputs * matrix.outputs)
+        made[matrix.name] = np.frombuffer(place, np.int8).reshape(matrix.inputs, matrix.outputs)
+        made[matrix.name][:] = as_int8(data, matrix)
+    return made
 
 
 def as_int8(data: np.ndarray, matrix: Matrix) -> np.ndarray:

@@ -1,0 +1,51 @@
+"""Memory put together in huge pages: what is taken, what is left alone, and that no number changes."""
+
+import mmap
+
+import numpy as np
+import pytest
+
+from device_tests import huge_pages
+from device_tests.huge_pages import collapse, full_ranges, huge_page_bytes
+
+SIZE = huge_page_bytes()
+linux = pytest.mark.skipif(not SIZE, reason="this system has no huge pages to ask for")
+
+
+def block(huge_pages_long):
+    """An array of the process's own memory that holds so many whole huge pages, and the address of the first."""
+    array = np.frombuffer(mmap.mmap(-1, (huge_pages_long + 1) * SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    return array, -(-array.ctypes.data // SIZE) * SIZE
+
+
+@linux
+def test_what_is_in_use_is_found_and_what_is_not_is_left_alone():
+    """An empty range would cost memory that nobody asked for; one with a byte in every page is in use."""
+    array, first = block(4)
+    start = first - array.ctypes.data
+    array[start : start + 2 * SIZE : mmap.PAGESIZE] = 1
+    array[start + 2 * SIZE : start + 3 * SIZE : 2 * mmap.PAGESIZE] = 1
+    assert {first, first + SIZE} <= full_ranges()
+    assert not {first + 2 * SIZE, first + 3 * SIZE} & full_ranges()
+
+
+@linux
+def test_numbers_stay_as_they_were_in_huge_pages():
+    array, first = block(4)
+    array[:] = np.random.default_rng(0).integers(0, 256, array.size, dtype=np.uint8)
+    before = array.copy()
+    ranges = {first + SIZE * index for index in range(4)}
+    collapsed = collapse(ranges)
+    assert np.array_equal(array, before)
+    assert collapsed in range(0, 4 * SIZE + 1, SIZE)
+    told = int(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages:"))) * 1024
+    assert told >= collapsed
+
+
+@pytest.mark.parametrize("setting", ["always madvise [never]\n", None])
+def test_a_system_that_wants_none_is_left_alone(tmp_path, monkeypatch, setting):
+    monkeypatch.setattr(huge_pages, "SETTINGS", tmp_path)
+    if setting:
+        (tmp_path / "enabled").write_text(setting)
+        (tmp_path / "hpage_pmd_size").write_text("2097152\n")
+    assert huge_page_bytes() == 0 and full_ranges() == set() and collapse({0}) == 0
