@@ -19,6 +19,8 @@ from pipeline.runner import with_our_path
 from pipeline.tests.other_runtimes import GENAI, LITERT_LM, OPTIMUM, check_same, said_by, said_by_ours
 from pipeline.tests.test_signing import KEY, pem
 
+pytest_plugins = ["pipeline.tests.kotlin_fixtures"]
+
 SMALL = {
     "text.window_tokens": 64, "text.prompt_tokens": 16, "text.calibration_windows": 8, "text.evaluation_windows": 4,
     "text.sampled_recovery_tokens": 2048, "prune.ffn": 0.25, "prune.windows": 4, "recover.steps": 4, "recover.batch_windows": 4,
@@ -112,23 +114,8 @@ def test_a_second_run_measures_nothing_and_changes_nothing(built):
 
 def test_pytorch_and_all_three_runtimes_write_the_same_greedy_text(built, checkpoints):
     _, place, said = built
-    texts = {}
-    for runtime, artifact in (("onnx", "onnx_fp32"), ("litert", "tflite_fp32"), ("tflite", "tflite_fp32")):
-        done = place.pocketlm(
-            "generate",
-            said["folder"],
-            "--runtime",
-            runtime,
-            "--artifact",
-            artifact,
-            "--prompt",
-            "def tiny",
-            "--max-tokens",
-            "12",
-            "--json",
-        )
-        assert done.returncode == 0, done.stderr
-        texts[runtime] = json.loads(done.stdout)["text"]
+    artifacts = {"onnx": "onnx_fp32", "litert": "tflite_fp32", "tflite": "tflite_fp32"}
+    texts = {runtime: greedy_text(place, said, runtime, artifact) for runtime, artifact in artifacts.items()}
     model_folder = next((place.folder / ".pocketlm" / "cluster").glob("*/model.safetensors")).parent
     assert texts["onnx"] == texts["litert"] == texts["tflite"] == pytorch_text(model_folder, "def tiny", 12)
 
@@ -147,6 +134,45 @@ def pytorch_text(folder: Path, prompt: str, tokens: int) -> str:
     assert ids.shape[1] <= CONTEXT
     whole, given = (tokenizer.decode(row, skip_special_tokens=False) for row in (ids[0], ids[0, :start]))
     return whole[len(given) :]
+
+
+def test_the_kotlin_library_writes_what_generate_writes(built, onnx_library):
+    """From the bundle's folder alone, in ONNX Runtime's Java API."""
+    _, place, said = built
+    run = {"prompt": "def tiny", "max_tokens": 12, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    for artifact in ("onnx_fp32", "onnx_static_int8", "onnx_hybrid_int8"):
+        written = onnx_library.ask("generate", folder=str(place.folder / said["folder"]), artifact=artifact, runs=[run])[0]
+        assert written["text"] == greedy_text(place, said, "onnx", artifact), artifact
+
+
+def test_the_example_for_a_board_writes_what_generate_writes(built, tmp_path):
+    _, place, said = built
+    program = place.folder / said["folder"] / "python" / "generate.py"
+    for runtime, artifact in (("onnx", "onnx_fp32"), ("litert", "tflite_fp32")):
+        command = [sys.executable, "-I", str(program), "def tiny", "--artifact", artifact, "--max-tokens", "12", "--threads", "1"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == greedy_text(place, said, runtime, artifact) + "\n"
+
+
+def greedy_text(place: Place, said: dict, runtime: str, artifact: str) -> str:
+    """What `pocketlm generate` makes of the same prompt."""
+    command = [
+        "generate",
+        said["folder"],
+        "--runtime",
+        runtime,
+        "--artifact",
+        artifact,
+        "--prompt",
+        "def tiny",
+        "--max-tokens",
+        "12",
+        "--json",
+    ]
+    done = place.pocketlm(*command)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["text"]
 
 
 def test_verify_accepts_the_zip_and_names_a_changed_byte(built):
