@@ -12,11 +12,10 @@ import numpy as np
 
 from device_tests.artifact import Artifact, Interface, Matrix, Prompt
 from device_tests.errors import ArtifactFailure
-from device_tests.onnx_session import OnnxSession, cache_names, cache_type
+from device_tests.onnx_session import CHUNK_TOKENS, OnnxSession, cache_names, cache_type
 
 SHORT_PROMPT_TOKENS = 8  # up to here the decode graph reads its weights once for all of them; on the demo model both ways take as long
 PROBE_TOKENS = 4
-CHUNK_TOKENS = 256  # the prompt graph's activations stay this small however long the prompt is
 
 
 class HybridSession(OnnxSession):

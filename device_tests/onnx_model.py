@@ -6,9 +6,9 @@ from pathlib import Path
 
 from device_tests.artifact import Artifact
 from device_tests.errors import ArtifactFailure
-from device_tests.huge_pages import collapse, full_ranges
 from device_tests.onnx_hybrid import open_hybrid
 from device_tests.onnx_session import OnnxSession, cache_names
+from device_tests.process_memory import collapse, full_ranges, give_back
 
 ORT_FORMAT = b"ORTM"  # after the first four bytes
 
@@ -26,6 +26,7 @@ def open_model(artifact: Artifact, ort, threads: int) -> OnnxSession:
         if given:
             options.add_external_initializers(list(given), list(given.values()))
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # weights need no room to grow
+        give_back()
         before = full_ranges()
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -34,6 +35,7 @@ def open_model(artifact: Artifact, ort, threads: int) -> OnnxSession:
         differing = wanted ^ {tensor.name for tensor in session.get_inputs()}
         if differing:
             raise ArtifactFailure(f"{path.name}: inputs differ from the contract in {', '.join(sorted(differing)[:3])}")
+        give_back()
         if path == artifact.path:  # not a hybrid's prompt graph, which reads its weights once for many tokens
             collapse(full_ranges() - before)
         return session

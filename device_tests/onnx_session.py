@@ -15,7 +15,8 @@ from device_tests.errors import ArtifactFailure
 from device_tests.sessions import check_room, check_tokens
 
 CACHE_TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
-PROMPT_LOGITS_BYTES = 128 << 20  # the graph gives logits of every prompt token: prompts go in chunks whose logits stay below this
+CHUNK_TOKENS = 128  # of a prompt in one call: memory stays bounded, and larger chunks were no faster with 4 to 139 M parameters
+PROMPT_LOGITS_BYTES = 64 << 20  # where the graph gives logits of every prompt token: fewer tokens of a large vocabulary
 
 
 class OnnxSession:
@@ -31,7 +32,7 @@ class OnnxSession:
         self._session = session
         self._binding = session.io_binding()
         sizes = self.interface
-        self._chunk = max(1, PROMPT_LOGITS_BYTES // (4 * sizes.vocab_size))
+        self._chunk = min(CHUNK_TOKENS, max(1, PROMPT_LOGITS_BYTES // (4 * sizes.vocab_size)))
         self._token = np.zeros((1, 1), dtype=np.int64)
         self._ones = np.ones((1, sizes.context_tokens), dtype=np.int64)
         self._step_logits = np.zeros((1, 1, sizes.vocab_size), dtype=np.float32)

@@ -125,7 +125,8 @@ def prompt_of(sidecar, decode):
 def test_a_long_prompt_goes_in_chunks_of_bounded_size_and_answers_the_same(sidecar, form, monkeypatch):
     """600 tokens; the logits of a graph that gives all of them may take 64 rows at most here."""
     ids = tokens(640)
-    monkeypatch.setattr(host, "CHUNK_TOKENS", LONG)
+    for module in (host, onnx_session):
+        monkeypatch.setattr(module, "CHUNK_TOKENS", LONG)
     whole = open_host(sidecar(form), "onnxruntime")
     expected = np.concatenate([whole.prefill(ids[:600])[None], steps_of(whole, ids[600:])])
     monkeypatch.undo()

@@ -1,12 +1,14 @@
-"""Memory put together in huge pages: what is taken, what is left alone, and that no number changes."""
+"""Memory put together in huge pages and given back: what is taken, what is left alone, and that no number changes."""
 
+import ctypes
 import mmap
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from device_tests import huge_pages
-from device_tests.huge_pages import collapse, full_ranges, huge_page_bytes
+from device_tests import process_memory
+from device_tests.process_memory import collapse, full_ranges, give_back, huge_page_bytes
 
 SIZE = huge_page_bytes()
 linux = pytest.mark.skipif(not SIZE, reason="this system has no huge pages to ask for")
@@ -44,8 +46,24 @@ def test_numbers_stay_as_they_were_in_huge_pages():
 
 @pytest.mark.parametrize("setting", ["always madvise [never]\n", None])
 def test_a_system_that_wants_none_is_left_alone(tmp_path, monkeypatch, setting):
-    monkeypatch.setattr(huge_pages, "SETTINGS", tmp_path)
+    monkeypatch.setattr(process_memory, "SETTINGS", tmp_path)
     if setting:
         (tmp_path / "enabled").write_text(setting)
         (tmp_path / "hpage_pmd_size").write_text("2097152\n")
     assert huge_page_bytes() == 0 and full_ranges() == set() and collapse({0}) == 0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc keeps what it is given back")
+def test_freed_memory_goes_back_to_the_system():
+    """Blocks below the size that malloc maps by themselves, with every other one kept: nothing is freed at the end of the heap."""
+    blocks = [np.ones(100_000, np.uint8) for _ in range(800)]
+    del blocks[::2]
+    before = anonymous_bytes()
+    give_back()
+    assert before - anonymous_bytes() > 20e6
+    assert all(block.all() for block in blocks)
+
+
+def anonymous_bytes():
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in status if line.startswith("RssAnon:")))

@@ -1,8 +1,9 @@
-"""Weights in huge pages: a token reads all of them, and in small pages it looks up an address every 4 KB.
+"""What a host can do about the memory of its own process, on Linux: huge pages for weights, and no pages kept for nothing.
 
-A runtime packs its weights into memory of its own, which Linux maps in small pages where nobody asks for more (``madvise``, the
-setting of most distributions). Asked afterwards, with MADV_COLLAPSE (Linux 6.1, see madvise(2)), it moves them together: decoding a
-model of 139 M parameters became a third faster by it. Where there is no such thing nothing changes.
+A token reads all weights, and in small pages it looks up an address every 4 KB. A runtime packs its weights into memory of its own,
+which Linux maps in small pages where nobody asks for more (``madvise``, the setting of most distributions). Asked afterwards, with
+MADV_COLLAPSE (Linux 6.1, see madvise(2)), it moves them together: decoding a model of 139 M parameters became a third faster by it.
+Where there is no such thing nothing changes.
 """
 
 from __future__ import annotations
@@ -52,6 +53,13 @@ def collapse(ranges: set[int]) -> int:
             break
         done += size if advise(address, size, MADV_COLLAPSE) == 0 else 0
     return done
+
+
+def give_back() -> None:
+    """Have glibc's ``malloc`` give freed memory back to the system, which it else keeps for later. Other libraries do so by themselves."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def huge_page_bytes() -> int:
