@@ -8,23 +8,38 @@ from pipeline.contents import opened, read
 from pipeline.litert_lm import obstacle
 from pipeline.manifest import MANIFEST, Artifact, Manifest
 from pipeline.ort_format import FLATBUFFER_LIMIT_BYTES
+from pipeline.report import Report
 from pipeline.signing import key_sha256
 from pipeline.verify import verify_bundle
 from pipeline.zip_parts import parts_are
 
+REPORT = "report.json"
+
 
 def whole_bundle(folder: Path, archive: Path, key: str) -> Manifest | None:
     """The manifest of folder and zip where both were made with ``key``, hold the same, and have every byte that they were made with."""
-    if not (folder / MANIFEST).is_file() or not archive.is_file():
-        return None
+    found = [whole_manifest(path, key) for path in (folder, archive)]
+    return found[0] if found[0] is not None and found[0] == found[1] else None
+
+
+def kept_report(folder: Path, archive: Path, key: str) -> Report | None:
+    """What was measured for a bundle with ``key``: from the zip or the folder, whichever still has every byte; None where neither has."""
+    for path in (archive, folder):
+        if whole_manifest(path, key):
+            with opened(path) as contents:
+                return Report.model_validate_json(read(contents, REPORT))
+    return None
+
+
+def whole_manifest(path: Path, key: str) -> Manifest | None:
+    """The manifest of a folder or zip that was made with ``key`` and has every byte that it was made with."""
     try:
-        found = [verify_bundle(path, replay=False) for path in (folder, archive)]
-        manifests = {read_manifest(path) for path in (folder, archive)}
+        if not path.exists() or not verify_bundle(path, replay=False).passed:
+            return None
+        with opened(path) as contents:
+            manifest = Manifest.model_validate_json(read(contents, MANIFEST))
     except UserError:  # a zip that cannot be read is not whole
         return None
-    if not all(verified.passed for verified in found) or len(manifests) != 1:
-        return None
-    manifest = Manifest.model_validate_json(manifests.pop())
     return manifest if manifest.provenance.build_key == key else None
 
 
@@ -46,9 +61,3 @@ def more_forms(artifact: Artifact) -> dict[str, str | None]:
     if artifact.format == "onnx":
         return {"ort": artifact.ort_file} if artifact.bytes <= FLATBUFFER_LIMIT_BYTES else {}
     return {"litert_lm": artifact.litert_lm_file} if artifact.recommended and obstacle(artifact) is None else {}
-
-
-def read_manifest(path: Path) -> bytes:
-    """The manifest's bytes in a folder or zip."""
-    with opened(path) as contents:
-        return read(contents, MANIFEST) if MANIFEST in contents.sizes else b""

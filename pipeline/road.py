@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pipeline.bundle import Bundle, build_bundle, bundle_at
 from pipeline.bundle_files import BundleInputs, BundleOptions
-from pipeline.bundle_kept import as_asked, whole_bundle
+from pipeline.bundle_kept import as_asked, kept_report, whole_bundle
 from pipeline.fingerprint import ROOT, code_of, text_sha256, tree_sha256
 from pipeline.measure import check_devices, measure, measuring_modules
 from pipeline.recipe import Recipe
-from pipeline.report import Report, build_report, read_report, report_json
+from pipeline.report import Report, build_report, report_json
 from pipeline.runner import StageRun, as_rows, run_stages
 from pipeline.variants import check_variants
 
@@ -44,7 +44,8 @@ def build(
     """Run the stages that are missing, measure, judge, and write the bundle.
 
     A bundle that was built from the same stage results, gates and measuring code, and whose every byte is still right, is
-    left as it is unless ``measure_again``; where ``options`` ask for another form of it, it is written anew from its own report.
+    left as it is unless ``measure_again``. Where ``options`` ask for another form of it, or only its folder or its zip is still
+    right, it is written anew from its own report.
     Raises GateError when an artifact fails; the report then lies beside the bundle's place and an older bundle stays untouched.
     """
     options = options or BundleOptions()
@@ -54,12 +55,13 @@ def build(
     key = build_key(recipe, folders)
     folder = places.out / f"{recipe.name}-android-bundle"
     archive = folder.with_suffix(".zip")
-    found = None if measure_again else whole_bundle(folder, archive, key)
-    if found and as_asked(found, archive, options):
-        return Built(bundle_at(folder, archive), as_data(read_report(folder / "report.json")), measured=False, written=False)
-    report = read_report(folder / "report.json") if found else measured_report(recipe, folders, places.work, runs, tell)
+    kept = None if measure_again else kept_report(folder, archive, key)
+    whole = whole_bundle(folder, archive, key) if kept else None
+    if whole and as_asked(whole, archive, options):
+        return Built(bundle_at(folder, archive), as_data(kept), measured=False, written=False)
+    report = kept or measured_report(recipe, folders, places.work, runs, tell)
     bundle = build_bundle(BundleInputs(recipe, folders, report, key, options), places.out)
-    return Built(bundle, as_data(report), measured=not found, written=True)
+    return Built(bundle, as_data(report), measured=kept is None, written=True)
 
 
 def measured_report(

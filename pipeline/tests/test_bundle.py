@@ -17,7 +17,7 @@ from models.errors import GateError, UserError
 from pipeline import bundle as bundling
 from pipeline.bundle import AIM, build_bundle, size_line
 from pipeline.bundle_files import BundleInputs, BundleOptions
-from pipeline.bundle_kept import as_asked, whole_bundle
+from pipeline.bundle_kept import as_asked, kept_report, whole_bundle
 from pipeline.manifest import FORMAT_VERSION, Manifest, sums
 from pipeline.recipe import load_recipe
 from pipeline.report import build_report
@@ -202,6 +202,21 @@ def test_whole_bundle_is_recognised_and_a_touched_one_is_not(road, tmp_path):
     assert whole_bundle(*places, "key")
     built.archive.unlink()
     assert not whole_bundle(*places, "key") and not whole_bundle(tmp_path / "none", built.archive, "key")
+
+
+def test_what_was_measured_is_kept_by_folder_or_zip(road, tmp_path):
+    """A program that leaves a file in the folder costs a new folder, not a new measurement."""
+    built = build(road, tmp_path / "dist")
+    places = (built.folder, built.archive)
+    report = kept_report(*places, "key")
+    assert report.model_dump(mode="json") == json.loads((built.folder / "report.json").read_text())
+    (built.folder / "litert/model.tflite.cache").write_text("packed")
+    assert kept_report(*places, "key") == report and not whole_bundle(*places, "key") and kept_report(*places, "other") is None
+    (built.folder / "litert/model.tflite.cache").unlink()
+    built.archive.write_bytes(built.archive.read_bytes()[:-40])
+    assert kept_report(*places, "key") == report
+    (built.folder / "LICENSE").write_text("another")
+    assert kept_report(*places, "key") is None
 
 
 @pytest.mark.parametrize(
