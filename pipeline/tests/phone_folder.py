@@ -16,6 +16,7 @@ from pipeline.text_rules import text_rules_json
 
 WINDOW, PROMPT, SCORED, GREEDY = 40, 21, 12, 10  # tokens
 WINDOWS = np.random.default_rng(0).integers(0, VOCABULARY, (8, WINDOW)).astype(np.int32)
+CONTEXT = 320  # longer than what a host feeds in one call
 PREFILL_TOKENS = 16
 FOLDER, INT8_CACHE, BEST = "onnx", "int8_cache", "onnx_hybrid_int8"
 GATES = {"perplexity_change": None, "top1": 0.9, "kl": 0.01, "max_abs_diff": None}
@@ -47,6 +48,7 @@ def write_tflite_phone(root: Path) -> Path:
 def prepared(root: Path) -> tuple[PreTrainedModel, Path]:
     """The model, saved as ``root/model``, and a folder with random windows as the text stage writes them."""
     decoder = tiny_model("llama")
+    decoder.config.max_position_embeddings = CONTEXT  # rotations know no end
     decoder.save_pretrained(root / "model")
     text = made(root / "text")
     for name, windows in (("calibration", WINDOWS[:6]), ("validation", WINDOWS[6:])):

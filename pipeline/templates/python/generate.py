@@ -25,7 +25,8 @@ from tokenizers import Tokenizer
 BUNDLE = Path(__file__).resolve().parent.parent
 LIBRARIES = {"onnx": "onnxruntime", "tflite": "ai_edge_litert"}
 HIDDEN = np.float32(-30.0)  # in the mask of a TFLite model; a larger number would be too much for its int8
-LOGITS_BYTES = 32 << 20  # an ONNX model gives logits for every token of a prompt: it goes in chunks whose logits stay below this
+CHUNK_TOKENS = 128  # a prompt goes in parts, so that memory stays bounded
+LOGITS_BYTES = 32 << 20  # an ONNX model gives logits for every token of a part: fewer tokens where the vocabulary is large
 
 
 class OnnxModel:
@@ -54,7 +55,7 @@ class OnnxModel:
     def feed(self, ids: list[int]) -> np.ndarray:
         """Append the ids; logits [vocab] after the last."""
         vocab = self.sizes["vocab_size"]
-        chunk = max(1, LOGITS_BYTES // (4 * vocab))
+        chunk = min(CHUNK_TOKENS, max(1, LOGITS_BYTES // (4 * vocab)))
         for start in range(0, len(ids), chunk):
             part = np.array([ids[start : start + chunk]], np.int64)  # [1, n]
             logits = np.empty((1, part.shape[1], vocab), np.float32)

@@ -63,17 +63,23 @@ internal class Caches(artifact: Artifact, private val buffers: NativeBuffers) : 
     }
 }
 
-/** A graph of the ONNX tensor contract. [given]: matrices that it has to be handed, by name. */
-internal class Graph(file: File, sizes: Interface, threads: Int, given: Map<String, OnnxTensorLike> = emptyMap()) : AutoCloseable {
+/** How a graph is opened. [hybrid]: there is another one beside it. [given]: matrices that it has to be handed, by name. */
+internal class GraphOptions(val threads: Int, val hybrid: Boolean, val given: Map<String, OnnxTensorLike> = emptyMap())
+
+/** A graph of the ONNX tensor contract. */
+internal class Graph(file: File, sizes: Interface, asked: GraphOptions) : AutoCloseable {
     private val options = OrtSession.SessionOptions()
     private val session: OrtSession
 
     init {
         try {
-            options.setIntraOpNumThreads(threads)
+            options.setIntraOpNumThreads(asked.threads)
             options.setInterOpNumThreads(1)
+            options.addConfigEntry("session.use_device_allocator_for_initializers", "1") // weights need no room to grow
+            // threads of one graph must not spin on the cores that the other needs: it doubles the time
+            if (asked.hybrid) options.addConfigEntry("session.force_spinning_stop", "1")
             options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR) // errors arrive as exceptions
-            if (given.isNotEmpty()) options.addExternalInitializers(given)
+            if (asked.given.isNotEmpty()) options.addExternalInitializers(asked.given)
             session = ENVIRONMENT.createSession(file.path, options)
         } catch (error: OrtException) {
             options.close()

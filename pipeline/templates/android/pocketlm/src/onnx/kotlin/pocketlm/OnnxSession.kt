@@ -22,14 +22,14 @@ internal class OnnxSession(files: ModelFiles, options: OpenOptions, private val 
 
     private val name = files.artifact.name
     private val buffers = options.buffers
-    private val graph = Graph(files.model, sizes, options.threads)
+    private val graph = Graph(files.model, sizes, GraphOptions(options.threads, hybrid = prompt != null))
     private val caches = Caches(files.artifact, buffers)
     private val logits = FloatArray(sizes.vocabSize)
     private val stepLogits = buffers.allocate(Float.SIZE_BYTES * sizes.vocabSize)
     private val stepLogitsTensor = tensor(stepLogits.asFloatBuffer(), 1, 1, sizes.vocabSize)
     private val token = buffers.allocate(Long.SIZE_BYTES)
     private val tokenTensor = tensor(token.asLongBuffer(), 1, 1)
-    private val chunk = maxOf(1, PROMPT_LOGITS_BYTES / (Float.SIZE_BYTES * sizes.vocabSize))
+    private val chunk = minOf(CHUNK_TOKENS, maxOf(1, PROMPT_LOGITS_BYTES / (Float.SIZE_BYTES * sizes.vocabSize)))
 
     override fun prefill(ids: IntArray, pause: () -> Unit): FloatArray {
         check(ids)
@@ -37,7 +37,7 @@ internal class OnnxSession(files: ModelFiles, options: OpenOptions, private val 
             inChunks(ids, 0, ids.size, chunk, pause) { part -> withLogits(part) }
             return logits
         }
-        inChunks(ids, 0, ids.size - 1, PROMPT_CHUNK_TOKENS, pause) { part ->
+        inChunks(ids, 0, ids.size - 1, CHUNK_TOKENS, pause) { part ->
             idTensor(part).use { run { prompt.run(it, caches, position, part.size) } }
             position += part.size
         }
@@ -88,9 +88,9 @@ internal class OnnxSession(files: ModelFiles, options: OpenOptions, private val 
     }
 
     private companion object {
-        const val PROMPT_LOGITS_BYTES = 32 shl 20 // the graph gives logits of every prompt token: chunks are so long that these fit
+        const val CHUNK_TOKENS = 128 // of a prompt in one call: memory stays bounded, and larger chunks were no faster
+        const val PROMPT_LOGITS_BYTES = 32 shl 20 // where the graph gives logits of every prompt token: fewer of a large vocabulary
         const val SHORT_PROMPT_TOKENS = 8 // up to here the decode graph reads its weights once for all of them
-        const val PROMPT_CHUNK_TOKENS = 256 // the prompt graph's activations stay this small however long the prompt is
     }
 }
 

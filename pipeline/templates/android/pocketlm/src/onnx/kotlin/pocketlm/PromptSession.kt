@@ -32,7 +32,8 @@ internal class PromptSession private constructor(
                 buffer to tensor(buffer, OnnxJavaType.INT8, matrix.inputs, matrix.outputs)
             }
             val graph = try {
-                Graph(prompt.graph, artifact.sizes, options.threads, prompt.matrices.map { it.name }.zip(given.map { it.second }).toMap())
+                val byName = prompt.matrices.map { it.name }.zip(given.map { it.second }).toMap()
+                Graph(prompt.graph, artifact.sizes, GraphOptions(options.threads, hybrid = true, given = byName))
             } catch (error: ModelException) {
                 release(given, buffers)
                 throw error
