@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             prompts=tuple(given.prompt_tokens or PROMPTS),
             decode_tokens=given.decode_tokens,
             device=given.device,
+            packed=given.packed,
         )
         result = check(given.artifact, given.golden, options)
         write_result(given.out, result)
@@ -68,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
         "--prompt-tokens", type=int, action="append", help=f"prompt length to time beside the golden one's; may be given again {PROMPTS}"
     )
     command.add_argument("--decode-tokens", type=int, default=CheckOptions.decode_tokens, help="single tokens timed (default %(default)s)")
+    command.add_argument(
+        "--packed", type=Path, help="folder for the weights of an ONNX artifact as this machine's kernels want them: made once, then mapped"
+    )
     command.add_argument("--device", default=CheckOptions.device, help="name of this device in the result (default %(default)s)")
     return command
 

@@ -30,7 +30,7 @@ class CheckOptions:
 
     ``tokens`` is the .npz that every scored token goes to; it needs ``quality``. ``windows`` bounds the evaluation windows that
     are scored; then ``quality`` is not told, because it is no whole one, and they serve ``answers`` alone: the .npz that other
-    devices are compared by.
+    devices are compared by. ``packed`` keeps an ONNX artifact's packed weights, and then there is no cold load of the artifact.
     """
 
     runtime: str
@@ -44,6 +44,7 @@ class CheckOptions:
     prompts: tuple[int, ...] = PROMPTS
     decode_tokens: int = 128
     device: str = "local"
+    packed: Path | None = None
 
 
 def check(sidecar: Path, golden: Path, options: CheckOptions) -> dict[str, Any]:
@@ -55,8 +56,12 @@ def check(sidecar: Path, golden: Path, options: CheckOptions) -> dict[str, Any]:
     if options.quality or options.windows is not None:
         open_evaluation(golden, artifact.interface)  # a fault in it is told before the long work
     version = import_runtime(options.runtime)
-    cold_ms = cold_load_ms(sidecar, options.runtime, options.threads) if options.timing else None
-    result = check_artifact(artifact, vectors, options, version, lambda: open_artifact(artifact, options.runtime, options.threads))
+    cold_ms = cold_load_ms(sidecar, options.runtime, options.threads) if options.timing and options.packed is None else None
+
+    def load() -> Session:
+        return open_artifact(artifact, options.runtime, options.threads, options.packed)
+
+    result = check_artifact(artifact, vectors, options, version, load)
     result["device"]["load_cold_ms"] = cold_ms
     return result
 

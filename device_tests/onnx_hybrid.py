@@ -14,8 +14,8 @@ from device_tests.artifact import Artifact, Interface, Matrix, Prompt
 from device_tests.errors import ArtifactFailure
 from device_tests.onnx_session import CHUNK_TOKENS, OnnxSession, cache_names, cache_type
 
-SHORT_PROMPT_TOKENS = 8  # up to here the decode graph reads its weights once for all of them; on the demo model both ways take as long
 PROBE_TOKENS = 4
+SHORT_PROMPT_TOKENS = 8  # up to here the decode graph reads its weights once for all of them; on the demo model both ways take as long
 
 
 class HybridSession(OnnxSession):
@@ -39,6 +39,11 @@ class HybridSession(OnnxSession):
             self._prompt_binding.bind_input("input_ids", "cpu", 0, np.int64, chunk.shape, chunk.ctypes.data)
             self._run_bound(self._prompt_session, self._prompt_binding, chunk.shape[1])
         return self.step(ids[-1]).copy()
+
+
+def given_values(prompt: Prompt, ort) -> dict:
+    """The matrices of ``given_matrices`` as OrtValues that keep them."""
+    return {name: ort.OrtValue.ortvalue_from_numpy(matrix) for name, matrix in given_matrices(prompt).items()}
 
 
 def given_matrices(prompt: Prompt) -> dict[str, np.ndarray]:
@@ -109,7 +114,7 @@ def reads_its_own(prompt_session, matrices: dict[str, np.ndarray], interface: In
     before = _probe(prompt_session, interface)
     for matrix in matrices.values():
         matrix.fill(0)
-    return all(np.array_equal(*pair) for pair in zip(before, _probe(prompt_session, interface), strict=True))
+    return all(np.array_equal(*pair) for pair in zip(before, _probe(prompt_session, interface)))
 
 
 def _probe(prompt_session, interface: Interface) -> list[np.ndarray]:

@@ -50,11 +50,11 @@ class Session(Protocol):
         """The buffers ``[1, kv_heads, context, head_dim]`` of keys and values, by name: not copies."""
 
 
-def open_session(sidecar: Path, runtime: str, threads: int = 1) -> Session:
+def open_session(sidecar: Path, runtime: str, threads: int = 1, packed: Path | None = None) -> Session:
     """Check the artifact's hashes and open it. DeviceTestError for a person's mistake, ArtifactFailure when it will not open."""
     artifact = read_artifact(Path(sidecar))
     import_runtime(runtime)
-    return open_artifact(artifact, runtime, threads)
+    return open_artifact(artifact, runtime, threads, packed)
 
 
 def import_runtime(runtime: str) -> str:
@@ -72,15 +72,19 @@ def import_runtime(runtime: str) -> str:
     return str(importlib.import_module(library.split(".")[0]).__version__)
 
 
-def open_artifact(artifact: Artifact, runtime: str, threads: int) -> Session:
-    """Open a checked artifact in an imported runtime with ``threads`` threads."""
+def open_artifact(artifact: Artifact, runtime: str, threads: int, packed: Path | None = None) -> Session:
+    """Open a checked artifact in an imported runtime with ``threads`` threads; ``packed`` as in `device_tests.onnx_model.open_model`."""
     form, driver, library, _ = RUNTIMES[runtime]
     if artifact.format != form:
         raise DeviceTestError(f"{artifact.name} is {artifact.format}, {runtime} runs {form}; give another --runtime")
     if threads < 1:
         raise DeviceTestError(f"{threads} threads; give 1 or more")
     module: ModuleType = importlib.import_module(driver)
-    return module.open_model(artifact, importlib.import_module(library), threads)
+    if packed is None:
+        return module.open_model(artifact, importlib.import_module(library), threads)
+    if form != "onnx":
+        raise DeviceTestError(f"{runtime} cannot keep packed weights in a folder; leave out --packed, or give --runtime onnxruntime")
+    return module.open_model(artifact, importlib.import_module(library), threads, packed)
 
 
 def check_room(position: int, tokens: int, interface: Interface) -> None:

@@ -1,15 +1,18 @@
 """The loop around ONNX Runtime: what is shared, what is copied, and prompts in chunks."""
 
+import json
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
 
 from device_tests import onnx_session
+from device_tests.__main__ import main
 from device_tests.errors import ArtifactFailure
 from device_tests.onnx_session import OnnxSession, cache_names
 from device_tests.sessions import open_session
-from device_tests.tests.toy import CONTEXT, INTERFACE, VOCABULARY, ToyModel, write_onnx, write_sidecar
+from device_tests.tests.toy import CONTEXT, INTERFACE, VOCABULARY, ToyModel, write_onnx, write_sidecar, write_vectors
 
 TOKENS = np.random.default_rng(1).integers(0, VOCABULARY, CONTEXT)
 
@@ -87,3 +90,20 @@ def test_a_cache_of_a_type_that_no_host_knows_is_named(sidecar, tmp_path):
     assert len(cache_names(INTERFACE)) == 4
     with pytest.raises(ArtifactFailure, match=r"half: a KV cache of tensor\(float16\); known are tensor\(float\), tensor\(int8\)"):
         open_session(write_sidecar(tmp_path / "half.onnx", "onnx"), "onnxruntime")
+
+
+def test_the_program_keeps_packed_weights_in_a_folder(sidecar, tmp_path):
+    """Twice: the folder is made by the first run and used by the second, with the same verdict."""
+    golden, packed = tmp_path / "golden", tmp_path / "packed"
+    golden.mkdir()
+    write_vectors(golden, ToyModel(0), ToyModel(1))
+    (tmp_path / "gates.json").write_text('{"top1": 1.0, "max_abs_diff": 1e-4}')
+    found = []
+    for _ in range(2):
+        given = ["--artifact", str(sidecar), "--golden", str(golden), "--runtime", "onnxruntime", "--decode-tokens", "4"]
+        files = ["--gates", str(tmp_path / "gates.json"), "--out", str(tmp_path / "out.json"), "--packed", str(packed)]
+        assert main(given + files) == 0
+        found.append([path.name for path in packed.iterdir()])
+        result = json.loads((tmp_path / "out.json").read_text())["device"]
+        assert result["passed"] and result["load_cold_ms"] is None  # the artifact's own files are not what is loaded
+    assert found[0] == found[1] and len(found[0]) == 1
