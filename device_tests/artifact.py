@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePath
 
 from device_tests.errors import DeviceTestError
@@ -14,16 +14,21 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Interface:
-    """The sizes that a host loop needs. ``prefill_tokens`` is the chunk of a TFLite prefill, None where chunks are free."""
+    """The sizes that a host loop needs.
+
+    ``prefill_tokens`` are the lengths of a TFLite file's calls for prompts, ascending, each N with a signature ``prefill_N``; None where
+    prompts go in one call. ``resizable_cache``: the inputs ``k_*``, ``v_*`` and ``mask`` may be resized to fewer tokens than the context.
+    """
 
     vocab_size: int
     layers: int
     kv_heads: int
     head_dim: int
     context_tokens: int
-    prefill_tokens: int | None
+    prefill_tokens: tuple[int, ...] | None
     bos_token_id: int | None
     eos_token_id: int | None
+    resizable_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,12 @@ def read_artifact(sidecar: Path) -> Artifact:
     record = read_json(sidecar, "the artifact's JSON")
     try:
         named = [(str(file["path"]), str(file["sha256"]), int(file["bytes"])) for file in record["files"]]
-        interface = Interface(**{field.name: record["interface"][field.name] for field in fields(Interface)})
+        interface = _interface(record["interface"])
         name, form, main = str(record["name"]), str(record["format"]), str(record["file"])
     except (KeyError, TypeError, ValueError) as error:
         raise DeviceTestError(f"{sidecar}: no sidecar of an artifact ({error!r}); give the JSON beside the model file") from error
     sizes = [interface.vocab_size, interface.layers, interface.kv_heads, interface.head_dim, interface.context_tokens]
-    sizes += [interface.prefill_tokens] if form == "tflite" else []
+    sizes += interface.prefill_tokens or [0] if form == "tflite" else []
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise DeviceTestError(f"{sidecar}: its interface has a size that is no positive number; export the artifact again")
     if main not in [path for path, _, _ in named]:
@@ -94,6 +99,13 @@ def read_artifact(sidecar: Path) -> Artifact:
     prompt = _prompt(record, sidecar, {path for path, _, _ in named})
     size = sum(size for _, _, size in named)
     return Artifact(name, form, sidecar.parent / main, identity, size, interface, prompt, _cache_type(record, sidecar))
+
+
+def _interface(record: dict) -> Interface:
+    """What a sidecar says of the sizes; fields that have a default may be missing."""
+    known = {field.name: record[field.name] for field in fields(Interface) if field.default is MISSING or field.name in record}
+    lengths = known["prefill_tokens"]
+    return Interface(**{**known, "prefill_tokens": None if lengths is None else tuple(sorted(lengths))})
 
 
 def read_json(path: Path, what: str) -> dict:

@@ -1,8 +1,8 @@
 """What a recipe may say about the exports. Light on purpose: reading a recipe must not import torch or tensorflow."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from models.settings import StageSettings
 
@@ -107,10 +107,22 @@ class OnnxHybridInt4Settings(StaticInt8Settings, OnnxWeightOnlyInt4Settings):
     """As the 8-bit hybrid, with 4 bits per weight; the prompt graph has the same numbers as int8."""
 
 
-class TfliteSettings(StageSettings):
-    """PyTorch to TFLite, fp32, signatures prefill and decode."""
+def as_several(value: Any) -> Any:
+    """A single number is a list of one."""
+    return (value,) if isinstance(value, int) else value
 
-    prefill_tokens: int = Field(64, ge=1, description="tokens per prefill call; longer prompts go in chunks")
+
+class TfliteSettings(StageSettings):
+    """PyTorch to TFLite, fp32, signatures prefill_N for each length N of a call, and decode."""
+
+    prefill_tokens: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(as_several), AfterValidator(lambda sizes: tuple(sorted(set(sizes))))
+    ] = Field(
+        (16, 64, 256),
+        min_length=1,
+        description="tokens per prefill call, a number or a list: a prompt goes in the calls that cost least. Each is a signature with"
+        " the same weights; the Interpreter API packs them anew for each in memory, LiteRT's CompiledModel API once",
+    )
     context_tokens: int = Field(512, ge=16, description="length of the KV cache in tokens")
     max_abs_diff: float = Field(5e-5, gt=0, description="largest allowed difference of logits to PyTorch")
 

@@ -1,4 +1,4 @@
-"""Ranges of the tensors that static int8 quantises, from real text fed through ``prefill`` and ``decode``.
+"""Ranges of the tensors that static int8 quantises, from real text fed as prompts and as decode steps.
 
 AI Edge Quantizer's own calibrator keeps a moving average, which clips the rare large values that decode meets, wants all
 feeds in memory and copies every tensor of the graph, weights included. Here windows stream through the interpreter one by
@@ -6,6 +6,7 @@ one and only the minimum and maximum of each channel are kept, and bounded sampl
 depend on the number of windows.
 """
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 from ai_edge_litert import interpreter as litert
 
 from exporters.tflite_replay import Replay
+from exporters.tflite_signatures import DECODE, copy_with, usual_prefill
 from exporters.tflite_structure import Operator
 
 QUANTISED = "FULLY_CONNECTED"
@@ -72,13 +74,15 @@ class ObservedReplay(Replay):
     """A replay that looks at the inputs and outputs of the quantised operators after every call."""
 
     def __init__(self, interpreter: litert.Interpreter, found: list[Operator]):
+        """``found`` are the operators of the file in the interpreter, or of one with more signatures."""
         super().__init__(interpreter)
         self.interpreter = interpreter
         self.ranges: dict[str, ChannelRange] = {}
         self.logits = RowSample(SAMPLED_LOGITS)
         self.inputs = {operator.inputs[0].name: RowSample(SAMPLED_INPUTS) for operator in found if operator.name == QUANTISED}
-        # The index of a subgraph is that of its signature: the converter writes one subgraph per signature, in order.
-        self.subgraphs = {name: index for index, name in enumerate(dict.fromkeys(operator.signature for operator in found))}
+        # The index of a subgraph is that of its signature: a file has one subgraph per signature, in order.
+        fed = dict.fromkeys(operator.signature for operator in found if operator.signature in self.signatures)
+        self.subgraphs = {name: index for index, name in enumerate(fed)}
         self.watched = {
             name: {
                 tensor.index: tensor
@@ -109,20 +113,22 @@ class ObservedReplay(Replay):
 
 
 def calibrate(path: Path, found: list[Operator], windows: Iterable[np.ndarray], decode_steps: int) -> Calibration:
-    """Each window is fed as a prompt in chunks, its last ``decode_steps`` tokens one by one."""
-    interpreter = litert.Interpreter(
-        model_path=str(path),
-        num_threads=1,
-        experimental_op_resolver_type=litert.OpResolverType.BUILTIN,
-        experimental_preserve_all_tensors=True,
-    )
+    """Each window is fed as a prompt in chunks of usual length, its last ``decode_steps`` tokens one by one."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = (DECODE, usual_prefill(operator.signature for operator in found))
+        interpreter = litert.Interpreter(
+            model_path=str(copy_with(path, wanted, Path(folder) / path.name)),
+            num_threads=1,
+            experimental_op_resolver_type=litert.OpResolverType.BUILTIN,
+            experimental_preserve_all_tensors=True,
+        )
     replay = ObservedReplay(interpreter, found)
     for window in windows:
         replay.reset()
         prompt = max(1, len(window) - decode_steps)
         replay.prompt(window[:prompt])
         for token in window[prompt:]:
-            replay.call("decode", np.array([token]))
+            replay.call(DECODE, np.array([token]))
     share_between_signatures(replay.ranges, found)
     return Calibration(
         replay.ranges,
@@ -132,14 +138,16 @@ def calibrate(path: Path, found: list[Operator], windows: Iterable[np.ndarray], 
 
 
 def share_between_signatures(ranges: dict[str, ChannelRange], found: list[Operator]) -> None:
-    """Widen the ranges of the same layer in ``prefill`` and ``decode`` to each other: decode steps are few, prompts are many."""
+    """Give the same layer one range in all signatures: decode steps are few, prompts are many, and not every length of call is fed."""
     first: dict[tuple[int, int], Operator] = {}
     met: Counter = Counter()
-    for operator in (operator for operator in found if operator.name == QUANTISED):
+    linear = [operator for operator in found if operator.name == QUANTISED]
+    for operator in sorted(linear, key=lambda operator: operator.inputs[0].name not in ranges):  # those that were fed come first
         weight = operator.inputs[1].buffer
         twin = first.setdefault((weight, met[operator.signature, weight]), operator)
         met[operator.signature, weight] += 1  # a layer that was split reads its weight twice
         for mine, other in ((operator.inputs[0], twin.inputs[0]), (operator.outputs[0], twin.outputs[0])):
-            for end in (ranges[mine.name], ranges[other.name]):
-                ranges[mine.name].include(np.stack([end.low, end.high]))
-            ranges[other.name] = ranges[mine.name]
+            seen = ranges[other.name]
+            if mine.name in ranges:
+                seen.include(np.stack([ranges[mine.name].low, ranges[mine.name].high]))
+            ranges[mine.name] = seen

@@ -5,6 +5,8 @@ import copy
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from exporters.tflite_structure import OPERATOR_NAMES
+
 LINEAR = schema.BuiltinOperator.FULLY_CONNECTED
 LOOKUP = schema.BuiltinOperator.EMBEDDING_LOOKUP
 WEIGHT, BIAS = 1, 2  # positions among the inputs; a lookup has its table where a linear layer has its weight
@@ -31,6 +33,11 @@ def weight_users(model: schema.ModelT) -> dict[int, list[User]]:
 
 def is_linear(model: schema.ModelT, user: User) -> bool:
     return model.operatorCodes[user[1].opcodeIndex].builtinCode == LINEAR
+
+
+def operator_name(model: schema.ModelT, operator: schema.OperatorT) -> str:
+    """What schema.fbs calls the operator."""
+    return OPERATOR_NAMES[model.operatorCodes[operator.opcodeIndex].builtinCode]
 
 
 def name_of(subgraph: schema.SubGraphT, tensor: int) -> str:
@@ -65,6 +72,17 @@ def add_constant(model: schema.ModelT, values: np.ndarray) -> int:
     buffer.data = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8)
     model.buffers.append(buffer)
     return len(model.buffers) - 1
+
+
+def add_integers(model: schema.ModelT, subgraph: schema.SubGraphT, values: list[int]) -> int:
+    """Index of a new constant tensor with ``values``, int32 [n]: a shape, an order of dimensions."""
+    buffer, tensor = schema.BufferT(), schema.TensorT()
+    buffer.data = np.array(values, np.int32).view(np.uint8)
+    model.buffers.append(buffer)
+    tensor.name, tensor.shape, tensor.type = b"arith.constant", [len(values)], schema.TensorType.INT32
+    tensor.buffer, tensor.hasRank = len(model.buffers) - 1, True
+    subgraph.tensors.append(tensor)
+    return len(subgraph.tensors) - 1
 
 
 def add_tensor(subgraph: schema.SubGraphT, name: str, shape: list[int], buffer: int = 0) -> int:

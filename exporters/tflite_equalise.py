@@ -18,6 +18,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from exporters.tflite_calibration import Calibration
+from exporters.tflite_coverage import is_named
 from exporters.tflite_edit import (
     BIAS,
     User,
@@ -56,8 +57,8 @@ class Equalised:
     split_layers: int
 
 
-def equalise(model: schema.ModelT, seen: Calibration, alpha: float) -> Equalised:
-    """Rewrite ``model`` in place, from what the calibration saw in it."""
+def equalise(model: schema.ModelT, seen: Calibration, alpha: float, dynamic: tuple[str, ...] = ()) -> Equalised:
+    """Rewrite ``model`` in place, from what the calibration saw in it. ``dynamic`` are patterns of layers that will not be static."""
     row_scales: dict[str, np.ndarray] = {}
     smoothed = split = 0
     for users in weight_users(model).values():
@@ -75,7 +76,7 @@ def equalise(model: schema.ModelT, seen: Calibration, alpha: float) -> Equalised
         row_scales |= scale_rows_and_columns(model, users, columns, rows)
         smoothed += columns is not None
         if alone:
-            split += split_outliers(model, users, inputs)
+            split += split_outliers(model, users, inputs, is_named(name_of(users[0][0], users[0][1].outputs[0]), dynamic))
     return Equalised(row_scales, smoothed, split)
 
 
@@ -128,8 +129,9 @@ def balanced_rows(weight: np.ndarray, outputs: np.ndarray, power: float) -> np.n
 
 
 def sampled_inputs(users: list[User], seen: Calibration) -> np.ndarray:
-    """Sampled rows [n, columns] of the input, from all signatures."""
-    return np.concatenate([seen.inputs[name_of(subgraph, operator.inputs[0])] for subgraph, operator in users])
+    """Sampled rows [n, columns] of the input, from all signatures that were fed."""
+    names = dict.fromkeys(name_of(subgraph, operator.inputs[0]) for subgraph, operator in users)
+    return np.concatenate([seen.inputs[name] for name in names if name in seen.inputs])
 
 
 def scale_rows_and_columns(
@@ -196,11 +198,18 @@ def multiply_embedding(model: schema.ModelT, user: User, stored: int, rows: int)
     ]
 
 
-def split_outliers(model: schema.ModelT, users: list[User], rows: np.ndarray) -> bool:
-    """Cut the input of a linear layer in two, where the sampled ``rows`` [n, columns] show that it pays; whether it did."""
+def split_outliers(model: schema.ModelT, users: list[User], rows: np.ndarray, dynamic: bool) -> bool:
+    """Cut the input of a linear layer in two, where the sampled ``rows`` [n, columns] show that it pays; whether it did.
+
+    A static layer's second part gets a bias of its own, zeros: LiteRT's weight cache knows a weight with its scales by weight and
+    bias alone. A ``dynamic`` one has no scale but the weight's, so both parts may be packed as one.
+    """
     bounds = clip_bounds(rows)
     if bounds is None:
         return False
+    biased = any(len(operator.inputs) > BIAS and operator.inputs[BIAS] >= 0 for _, operator in users)
+    size = len(weight_of(model, users[0]))
+    nothing = None if dynamic or biased else add_constant(model, np.zeros(size))
     low, high = (add_constant(model, np.array([bound])) for bound in bounds)
     for subgraph, operator in users:
         source, raw = int(operator.inputs[0]), int(operator.outputs[0])
@@ -209,7 +218,8 @@ def split_outliers(model: schema.ModelT, users: list[User], rows: np.ndarray) ->
         ends = [add_tensor(subgraph, f"{name_of(subgraph, source)}/{end}", [1], b) for end, b in (("low", low), ("high", high))]
         twin = copy.copy(operator)
         operator.inputs, operator.outputs = [inner, *map(int, operator.inputs[1:])], [inner_result]
-        twin.inputs, twin.outputs = [outer, int(operator.inputs[1]), *([-1] if len(operator.inputs) > BIAS else [])], [outer_result]
+        bias = -1 if nothing is None else add_tensor(subgraph, f"{name_of(subgraph, raw)}/no_bias", [size], nothing)
+        twin.inputs, twin.outputs = [outer, int(operator.inputs[1]), bias], [outer_result]
         place = place_of((subgraph, operator))
         subgraph.operators[place : place + 1] = [
             new_operator(model, "MAXIMUM", [source, ends[0]], lifted),

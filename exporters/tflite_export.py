@@ -1,4 +1,7 @@
-"""Stage tflite: a PyTorch decoder as one TFLite file with the signatures ``prefill`` and ``decode``, fp32, proved in two runtimes."""
+"""Stage tflite: a PyTorch decoder as one TFLite file, fp32, proved in two runtimes.
+
+Its signatures are ``decode`` and, for each length N that a call of a prompt may have, ``prefill_N``. All read the same weights.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +14,16 @@ from transformers import PreTrainedModel
 
 from exporters.artifact import checkpoint_sha256, write_sidecar
 from exporters.settings import TfliteSettings
+from exporters.tflite_cache_reads import check_cache_reads, read_cache_in_place
+from exporters.tflite_coverage import check_last_row, check_shared
 from exporters.tflite_model import ATTENTION, SignatureModule, sample_inputs, signature_shape
-from exporters.tflite_parity import Feeds, check_parity, prompt_feeds
+from exporters.tflite_parity import Feeds, Parity, check_parity, prompt_feeds
+from exporters.tflite_replay import RUNTIMES
+from exporters.tflite_signatures import DECODE, decode_first, prefill_name
 from exporters.tflite_structure import (
     check_loadable,
     constant_bytes,
+    input_indices,
     operator_counts,
     operators,
     read_model,
@@ -42,19 +50,28 @@ def run(settings: TfliteSettings, out: Path, model: Path, text: Path) -> None:
             f"{shape.parameters / 1e6:.0f} M parameters do not fit in an fp32 TFLite file (2 GB); prune more or leave tflite out"
         )
     context_tokens = min(settings.context_tokens, shape.context_tokens)
-    prefill_tokens = min(settings.prefill_tokens, context_tokens - CHECKED_STEPS)
-    feeds = prompt_feeds(np.load(text / "calibration.npy"), prefill_tokens, context_tokens, CHECKED_STEPS)
-    expected = reference_logits(decoder, feeds)
+    prefill_tokens = sorted({min(size, context_tokens - CHECKED_STEPS) for size in settings.prefill_tokens})
+    windows = np.load(text / "calibration.npy")
+    feeds = {size: prompt_feeds(windows, size, context_tokens, CHECKED_STEPS) for size in prefill_tokens}
+    expected = {size: reference_logits(decoder, feeds[size]) for size in prefill_tokens}
     path = out / f"{NAME}.tflite"
     convert(decoder, shape, prefill_tokens, context_tokens, path)
     graph = read_model(path)
     found = operators(graph)
     check_loadable(found, NAME)
     check_stored_once(constant_bytes(graph), shape)
-    measured = {"parity": check_parity(path, feeds, expected, settings.max_abs_diff), "prompt_tokens": feeds.prompt_tokens.tolist()}
+    check_shared(found, NAME)
+    check_cache_reads(found, input_indices(graph), NAME)
+    check_last_row(found, NAME)
+    parity = [check_parity(path, prefill_name(size), feeds[size], expected[size], settings.max_abs_diff) for size in prefill_tokens]
+    measured = {
+        "parity": {runtime: asdict(Parity.worst([found[runtime] for found in parity])) for runtime in RUNTIMES},
+        "prompt_tokens": {prefill_name(size): feeds[size].prompt_tokens.tolist() for size in prefill_tokens},
+    }
     facts = asdict(shape)
     keys = ("vocab_size", "layers", "kv_heads", "head_dim", "bos_token_id", "eos_token_id")
     interface = {key: facts[key] for key in keys} | {"context_tokens": context_tokens, "prefill_tokens": prefill_tokens}
+    interface["resizable_cache"] = True
     write_sidecar(
         out,
         NAME,
@@ -69,21 +86,26 @@ def run(settings: TfliteSettings, out: Path, model: Path, text: Path) -> None:
     )
 
 
-def convert(model: PreTrainedModel, shape: ModelShape, prefill_tokens: int, context_tokens: int, path: Path) -> None:
+def convert(model: PreTrainedModel, shape: ModelShape, prefill_tokens: list[int], context_tokens: int, path: Path) -> None:
     """Write the TFLite file; the model's attention is set to ours meanwhile."""
     kept = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
     hooks = [norm.register_forward_hook(keep_norm_apart) for norm in norms]
     module = SignatureModule(model, shape.layers).eval()
-    prefill = sample_inputs(signature_shape(shape, prefill_tokens, context_tokens), with_last=True)
-    decode = sample_inputs(signature_shape(shape, 1, context_tokens), with_last=False)
-    converter = litert_torch.signature("prefill", module, sample_kwargs=prefill).signature("decode", module, sample_kwargs=decode)
+    step = sample_inputs(signature_shape(shape, 1, context_tokens), with_last=False)
+    # Decoding comes first: the Interpreter API shows the tensors of the first signature alone, and its cache need not be copied then.
+    converter = litert_torch.signature(DECODE, module, sample_kwargs=step)
+    for size in prefill_tokens:
+        chunk = sample_inputs(signature_shape(shape, size, context_tokens), with_last=True)
+        converter = converter.signature(prefill_name(size), module, sample_kwargs=chunk)
     converter.convert().export(str(path))
     for hook in hooks:
         hook.remove()
     model.set_attn_implementation(kept)
     graph = read_model(path)
+    read_cache_in_place(graph)
+    decode_first(graph)
     shorten_names(graph)
     write_model(graph, path)
 

@@ -18,13 +18,13 @@ from exporters.tflite_full_tied import share_tied_tables
 from exporters.tflite_model import SignatureShape, signature_shape
 from exporters.tflite_parity import LARGEST_KL, LEAST_TOP1, Feeds, agreement, replay
 from exporters.tflite_replay import HIDDEN, RUNTIMES
+from exporters.tflite_signatures import DECODE, prefill_name
 from exporters.tflite_structure import check_loadable, operator_counts, operators, read_model, tensor_contract, write_model
 from models.checkpoint import ModelShape, load_model, shape_of
 from models.errors import GateError, UserError
 from models.progress import track
 
 NAME = "tflite_full_int8"
-SIGNATURES = ("prefill", "decode")
 CHECKED_SEQUENCES, AGREEMENT_STEPS = 4, 24  # what is compared with PyTorch: prompts of validation text, and tokens after each
 LIBRARIES = ("torch", "transformers", "litert-torch", "tensorflow-cpu", "ai-edge-litert", "tflite-runtime", "flatbuffers", "numpy")
 
@@ -35,7 +35,7 @@ def run(settings: TfliteFullInt8Settings, out: Path, model: Path, text: Path) ->
     shape = shape_of(decoder)
     windows = np.load(text / "calibration.npy")
     shapes = signature_shapes(settings, shape, windows.shape[1])
-    prefill_tokens, context_tokens = shapes["prefill"].chunk_tokens, shapes["prefill"].context_tokens
+    prefill_tokens, context_tokens = max(shape.chunk_tokens for shape in shapes.values()), shapes[DECODE].context_tokens
     windows = windows[: settings.windows, :context_tokens]
     feeds = agreement_feeds(np.load(text / "validation.npy")[:, :context_tokens])
     expected = reference_logits(decoder, feeds)
@@ -62,7 +62,7 @@ def run(settings: TfliteFullInt8Settings, out: Path, model: Path, text: Path) ->
         NAME,
         "tflite",
         files=[path],
-        interface={key: facts[key] for key in keys} | {"context_tokens": context_tokens, "prefill_tokens": prefill_tokens},
+        interface={key: facts[key] for key in keys} | {"context_tokens": context_tokens, "prefill_tokens": [prefill_tokens]},
         tensors=tensor_contract(graph),
         parent=checkpoint_sha256(model),
         settings=settings,
@@ -87,7 +87,8 @@ def signature_shapes(settings: TfliteFullInt8Settings, shape: ModelShape, window
             f"calibration windows of {window_tokens} tokens hold no chunk of {prefill_tokens} and {settings.decode_steps} steps; set"
             " tflite_full_int8.prefill_tokens or tflite_full_int8.decode_steps lower, or text.window_tokens higher (a chunk has 2 at least)"
         )
-    return {name: signature_shape(shape, chunk, context_tokens) for name, chunk in (("prefill", prefill_tokens), ("decode", 1))}
+    chunks = {DECODE: 1, prefill_name(prefill_tokens): prefill_tokens}
+    return {name: signature_shape(shape, chunk, context_tokens) for name, chunk in chunks.items()}
 
 
 def convert(model: PreTrainedModel, shapes: dict[str, SignatureShape], path: Path, windows, decode_steps: int) -> Edited:
@@ -95,8 +96,8 @@ def convert(model: PreTrainedModel, shapes: dict[str, SignatureShape], path: Pat
     with tempfile.TemporaryDirectory() as folder:
         saved, edited_path = Path(folder) / "saved", Path(folder) / "edited.tflite"
         save_as_tensorflow(model, shapes, saved)
-        seen = SampledReplay(float_file(saved, SIGNATURES))
-        calibrated = model_of(calibrated_file(saved, SIGNATURES, lambda: seen.samples(windows, decode_steps)))
+        seen = SampledReplay(float_file(saved, tuple(shapes)))
+        calibrated = model_of(calibrated_file(saved, tuple(shapes), lambda: seen.samples(windows, decode_steps)))
         edited = edit_ranges(calibrated, seen, -float(HIDDEN) * HIDING_GAIN)
         write_model(calibrated, edited_path)
         quantised = model_of(quantised_file(edited_path.read_bytes()))

@@ -1,7 +1,7 @@
 """Ranges that are right for the model, written into a calibrated TFLite file before it is quantised.
 
 The converter calibrates each tensor alone. Three things need more:
-- The same tensor in ``prefill`` and ``decode``, and everything that is only moved (reshaped, sliced, joined), shares one range.
+- The same tensor in all signatures, and everything that is only moved (reshaped, sliced, joined), shares one range.
   A cache and the new keys or values that go into it are joined in the graph, so host and graph agree on their scale.
 - Masked scores. A mask that hides well has a range in which scores vanish. The range is that of the visible scores, cut below
   where nothing counts: hidden slots saturate there, and all of them together weigh less than the softmax can express.
@@ -70,7 +70,7 @@ class SampledReplay(Replay):
             self.reset()
             prompt = max(0, len(window) - decode_steps) // self.chunk * self.chunk
             for start in range(0, prompt, self.chunk):
-                yield self.fed("prefill", window[start : start + self.chunk])
+                yield self.fed(self.prefill, window[start : start + self.chunk])
             for token in window[prompt : prompt + decode_steps]:
                 yield self.fed("decode", np.array([token]))
 

@@ -22,11 +22,11 @@ from exporters.artifact import read_sidecar, sha256_of, write_sidecar
 from exporters.settings import TfliteInt8Settings
 from exporters.targets import Targets
 from exporters.tflite_calibration import ChannelRange, calibrate
-from exporters.tflite_coverage import Expected, check_coverage, is_dynamic
+from exporters.tflite_coverage import Expected, check_coverage, check_packed_once, check_shared, is_dynamic
 from exporters.tflite_equalise import HEAD_OUTPUT, equalise
 from exporters.tflite_logit_range import LogitRange, choose_logit_range
 from exporters.tflite_mixed import Judge, layer_costs, more_dynamic, static_layers
-from exporters.tflite_parity import Feeds, check_agreement_in, replay
+from exporters.tflite_parity import Feeds, check_all_lengths, replay
 from exporters.tflite_replay import RUNTIMES
 from exporters.tflite_structure import Operator, check_loadable, operator_counts, operators, read_model, tensor_contract, write_model
 from models.errors import GateError, UserError
@@ -63,6 +63,8 @@ def run(settings: TfliteInt8Settings, out: Path, tflite: Path, text: Path) -> No
     check_loadable(found, NAME)
     expected = Expected(operators(read_model(parent_path)), prepared.split_layers, chosen.dynamic)
     coverage = check_coverage(found, expected, NAME)
+    check_shared(found, NAME)
+    check_packed_once(found, NAME)
     trials = [{"dynamic": dynamic, **asdict(agreement), "missed": targets.missed(agreement)} for dynamic, agreement in tried]
     measured = {
         "coverage": asdict(coverage),
@@ -117,8 +119,9 @@ def prepare(settings: TfliteInt8Settings, parent: Path, windows: np.ndarray, pat
     """Write the equalised file. Two passes over the text: one to equalise by, one for the ranges of the result."""
     graph = read_model(parent)
     fed = windows[: settings.windows]
-    seen = calibrate(parent, operators(graph), track(fed, "tflite int8: first pass"), settings.decode_steps)
-    equalised = equalise(graph, seen, settings.input_smoothing)
+    found = operators(graph)
+    seen = calibrate(parent, found, track(fed, "tflite int8: first pass"), settings.decode_steps)
+    equalised = equalise(graph, seen, settings.input_smoothing, dynamic_patterns(settings.dynamic, found))
     found = operators(graph)
     write_model(graph, path)
     seen = calibrate(path, found, track(fed, "tflite int8: second pass"), settings.decode_steps)
@@ -193,11 +196,14 @@ def quantised_with(process: quantizer.Quantizer, ranges: dict[str, ChannelRange]
 
 
 def check_agreement(path: Path, parent: Path, windows: np.ndarray, interface: dict) -> dict[str, dict]:
-    """Replay real text in both runtimes and compare with the float parent; GateError for dead or unrelated logits."""
+    """Replay real text in both runtimes and compare with the float parent; the worst of all lengths of call.
+
+    GateError for dead or unrelated logits.
+    """
     length = min(windows.shape[1], interface["context_tokens"])
     steps = min(CHECKED_STEPS, length - 1)
     tokens = windows[-CHECKED_SEQUENCES:, :length]
     feeds = Feeds(tokens, np.full(len(tokens), length - steps, np.int32))
     expected = replay(parent, "litert", feeds).logits
     advice = "calibrate with more windows: tflite_int8.windows"
-    return {runtime: asdict(check_agreement_in(path, runtime, feeds, expected, advice)) for runtime in RUNTIMES}
+    return {runtime: asdict(check_all_lengths(path, runtime, feeds, expected, advice)) for runtime in RUNTIMES}

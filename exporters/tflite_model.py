@@ -1,8 +1,8 @@
-"""A Hugging Face decoder as the two functions that a TFLite file holds, ``prefill`` and ``decode``.
+"""A Hugging Face decoder as the functions that a TFLite file holds: ``decode`` and ``prefill_N``, N tokens at once.
 
 The model's own modules run unchanged. Its attention is asked for through transformers' attention interface, where a
-function of ours attends to two parts, the host's cache and the chunk's own keys and values, without joining them: the
-cache is neither copied nor repeated for grouped heads, and only the chunk's new keys and values leave the graph.
+function of ours attends to two parts, the host's cache and the chunk's own keys and values: keys are never joined, values are
+where a product packs them anyway, neither is repeated for grouped heads, and only the chunk's new ones leave the graph.
 """
 
 from dataclasses import dataclass
@@ -63,16 +63,17 @@ def attend_to_cache_and_chunk(module, query, key, value, attention_mask, scaling
         raise UserError("this model uses sliding-window or soft-capped attention, which the TFLite export does not know; leave it out")
     _, heads, chunk, head_dim = query.shape
     kv_heads = key.shape[1]
-    rows = heads // kv_heads * chunk
-    cached_key, cached_value = (part.reshape(kv_heads, -1, head_dim) for part in kwargs["chunk_cache"].past[module.layer_idx])
-    key, value = (part.reshape(kv_heads, chunk, head_dim) for part in (key, value))
-    context = cached_key.shape[1]
+    groups = heads // kv_heads
+    cached_key, cached_value = kwargs["chunk_cache"].past[module.layer_idx]  # [1, kv_heads, context, head_dim]
     scaling = head_dim**-0.5 if scaling is None else scaling
-    query = (query * scaling).reshape(kv_heads, rows, head_dim)
-    scores = torch.cat([query @ cached_key.transpose(1, 2), query @ key.transpose(1, 2)], -1)  # [kv_heads, rows, context + chunk]
-    masked = scores.reshape(kv_heads, heads // kv_heads, chunk, context + chunk) + kwargs["host_mask"]
-    weights = torch.softmax(masked, -1).reshape(kv_heads, rows, context + chunk)
-    mixed = weights[..., :context] @ cached_value + weights[..., context:] @ value
+    query = (query * scaling).reshape(1, kv_heads, groups * chunk, head_dim)
+    mask = kwargs["host_mask"]
+    if groups > 1 and chunk > 1:  # a single row is broadcast
+        mask = torch.cat([mask] * groups, 2)  # the same for all layers, so the converter does it once
+    # No number of these lines depends on the context: the host may resize it (exporters.tflite_cache_reads).
+    scores = torch.cat([query @ cached_key.transpose(2, 3), query @ key.transpose(2, 3)], -1)  # [1, kv_heads, rows, context + chunk]
+    weights = torch.softmax(scores + mask, -1)
+    mixed = weights @ torch.cat([cached_value, value], 2)
     return mixed.reshape(1, heads, chunk, head_dim).transpose(1, 2), None
 
 

@@ -32,7 +32,10 @@ TYPE_NAMES = {code: name.lower() for name, code in vars(schema.TensorType).items
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a subgraph. ``buffer`` tells which tensors share their bytes; ``scales`` is how many scales it has."""
+    """One tensor of a subgraph. ``buffer`` tells which tensors share their bytes; ``scales`` is how many scales it has.
+
+    ``scale`` is that of a tensor with one, with its zero point; None of others.
+    """
 
     index: int
     name: str
@@ -41,6 +44,7 @@ class Tensor:
     buffer: int
     constant: bool
     scales: int
+    scale: tuple[float, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,14 @@ def operators(model: schema.ModelT) -> list[Operator]:
     return found
 
 
+def input_indices(model: schema.ModelT) -> dict[str, dict[str, int]]:
+    """Index of each input's tensor, by signature and name."""
+    return {
+        signature.signatureKey.decode(): {entry.name.decode(): int(entry.tensorIndex) for entry in signature.inputs}
+        for signature in model.signatureDefs
+    }
+
+
 def _tensor(model: schema.ModelT, index: int, tensor: schema.TensorT) -> Tensor:
     buffer = model.buffers[tensor.buffer]
     constant = (buffer.data is not None and len(buffer.data) > 0) or buffer.size > 0
@@ -105,6 +117,7 @@ def _tensor(model: schema.ModelT, index: int, tensor: schema.TensorT) -> Tensor:
         tensor.buffer,
         constant,
         0 if scales is None else len(scales),
+        (float(scales[0]), int(tensor.quantization.zeroPoint[0])) if scales is not None and len(scales) == 1 else None,
     )
 
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exporters.tflite_coverage import linear_count, weight_buffers
+from exporters.tflite_coverage import WEIGHTED, linear_count, weight_buffers
 from exporters.tflite_structure import Operator, Tensor
 from models.errors import GateError
 
-WEIGHTED = ("FULLY_CONNECTED", "EMBEDDING_LOOKUP")
 HYBRID = "hybrid: float activations and int8 weights go in, the runtime quantises the activations of each call"
 DEQUANTISED = "float: DEQUANTIZE makes the weights float when they are loaded, activations are never quantised"
 

@@ -13,7 +13,7 @@ from ai_edge_quantizer import qtyping, quantizer
 
 from exporters.artifact import read_sidecar, sha256_of, write_sidecar
 from exporters.tflite_equalise import equalise_rows
-from exporters.tflite_parity import Feeds, check_agreement_in, replay
+from exporters.tflite_parity import Feeds, check_all_lengths, replay
 from exporters.tflite_replay import RUNTIMES
 from exporters.tflite_structure import check_loadable, operator_counts, operators, read_model, tensor_contract, write_model
 from exporters.tflite_weight_coverage import check_weights
@@ -106,7 +106,7 @@ def compare(path: Path, parent: Path, windows: np.ndarray, interface: dict) -> C
     agreement, left_out = {}, {}
     for runtime in RUNTIMES:
         try:
-            agreement[runtime] = asdict(check_agreement_in(path, runtime, feeds, expected))
+            agreement[runtime] = asdict(check_all_lengths(path, runtime, feeds, expected))
         except GateError as error:
             left_out[runtime] = str(error)
     if not agreement:

@@ -56,6 +56,7 @@ class Interface(Entry):
     prefill_tokens: int | list[int] | None
     bos_token_id: int | None
     eos_token_id: int | None
+    resizable_cache: bool = Field(False, description="TFLite: k_*, v_* and mask may be resized to fewer tokens than the context")
 
 
 class Artifact(Entry):

@@ -23,7 +23,8 @@ from device_tests.devices.tflite_file import Signature, Tensor, read_signatures
 from device_tests.errors import ArtifactFailure
 from device_tests.gates import judge
 from device_tests.replay import Place, Replay, teacher_forced
-from device_tests.tflite_session import TfliteSession
+from device_tests.tflite_calls import InterpreterCalls
+from device_tests.tflite_session import TfliteSession, signatures_of
 from device_tests.timing import FIRST_TOKEN_REPEATS, WARM_UP_TOKENS
 from device_tests.token_statistics import kl_full, log_softmax, mean_estimate
 from device_tests.vectors import Vectors, read_rows
@@ -48,7 +49,7 @@ class PhoneInterpreter:
         self._sent: dict[str, str] = {}
 
     def get_signature_runner(self, key: str) -> PhoneSignature:
-        """The signature ``prefill`` or ``decode``."""
+        """The signature of that name."""
         if key not in self._signatures:
             raise ArtifactFailure(f"{self._model.name} has no signature {key}; export the artifact again")
         return PhoneSignature(self, key, self._signatures[key])
@@ -121,9 +122,9 @@ class PhoneSignature:
 def measure(runner: Runner, artifact: Artifact, golden: Vectors, run: Run, local: Path) -> Measured:
     """Time a chunk of the prompt and single tokens, then compare logits. ArtifactFailure when the artifact does not run."""
     interpreter = PhoneInterpreter(runner, artifact.path, local, run.threads)
-    session = TfliteSession(artifact, interpreter)
+    session = TfliteSession(artifact, InterpreterCalls(interpreter, signatures_of(artifact)))
     window = next(read_rows(golden, ("windows",)))["windows"]
-    prompt = min(golden.prompt_tokens, artifact.interface.prefill_tokens or golden.prompt_tokens)
+    prompt = timed_prompt(golden.prompt_tokens, artifact.interface.prefill_tokens)
     interpreter.pace = Pace(1, FIRST_TOKEN_REPEATS, 1.0)
     session.prefill(window[:prompt])
     prefill = interpreter.last
@@ -134,7 +135,7 @@ def measure(runner: Runner, artifact: Artifact, golden: Vectors, run: Run, local
     fields = {**timing_fields(prefill, decode, prompt), "peak_rss_mb": interpreter.peak_mb}
     notes = [
         f"times are {PROGRAM}'s own, of the calls alone: the choice of a token and the copy into the cache are not in them",
-        f"one call of prefill takes {artifact.interface.prefill_tokens} tokens; a longer prompt takes several, and was not timed",
+        f"one call of prefill takes {prompt} tokens; a prompt in several calls was not timed",
         f"memory is the process's VmHWM, read every {POLL_S:g} s",
     ]
     if prefill.median_ms is None:
@@ -147,6 +148,11 @@ def measure(runner: Runner, artifact: Artifact, golden: Vectors, run: Run, local
     fields.update(max_abs_diff=found.max_abs_diff, kl=max(0.0, found.kl.value), top1=found.top1, golden_tokens=found.tokens)
     notes.append(f"parity was tested on {found.tokens} golden tokens: after each prompt and {COMPARED_STEPS} steps; no greedy text")
     return Measured(fields, environment, notes, judge(run.gates, found, None))
+
+
+def timed_prompt(tokens: int, lengths: tuple[int, ...]) -> int:
+    """The longest prompt up to ``tokens`` that goes in a single call without padding; where there is none, what the shortest takes."""
+    return max((length for length in lengths if length <= tokens), default=min(tokens, *lengths))
 
 
 def compare(session: TfliteSession, golden: Vectors) -> Replay:

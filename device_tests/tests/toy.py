@@ -14,7 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from device_tests.artifact import Interface
 
-VOCABULARY, LAYERS, HEADS, KV_HEADS, HEAD_DIM, CONTEXT, PREFILL = 48, 2, 2, 1, 8, 40, 8
+VOCABULARY, LAYERS, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 48, 2, 2, 1, 8, 40
+PREFILL = (4, 8)
 HIDDEN = HEADS * HEAD_DIM
 INTERFACE = Interface(VOCABULARY, LAYERS, KV_HEADS, HEAD_DIM, CONTEXT, PREFILL, None, 0)
 
@@ -79,7 +80,7 @@ def write_sidecar(path: Path, form: str) -> Path:
     data = path.read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
     interface = asdict(INTERFACE)
-    interface["prefill_tokens"] = PREFILL if form == "tflite" else None
+    interface["prefill_tokens"] = list(PREFILL) if form == "tflite" else None
     record = {
         "name": path.stem,
         "format": form,

@@ -10,7 +10,7 @@ from device_tests.tests.toy import CONTEXT, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, L
 
 
 class ToyModule(tf.Module):
-    """Both signatures of the TFLite contract over the toy's weights."""
+    """The signatures of the TFLite contract over the toy's weights."""
 
     def __init__(self, model: ToyModel) -> None:
         super().__init__()
@@ -51,10 +51,9 @@ def write_tflite(model: ToyModel, path: Path) -> None:
         found["mask"] = tf.TensorSpec((1, 1, width, CONTEXT + width), tf.float32)
         return {**found, **{f"{kind}_{layer}": cache for layer in range(LAYERS) for kind in "kv"}}
 
-    signatures = {
-        "prefill": module.prefill.get_concrete_function(last=tf.TensorSpec((1,), tf.int32), **specs(PREFILL)),
-        "decode": module.decode.get_concrete_function(**specs(1)),
-    }
+    last = tf.TensorSpec((1,), tf.int32)
+    signatures = {"decode": module.decode.get_concrete_function(**specs(1))}
+    signatures |= {f"prefill_{width}": module.prefill.get_concrete_function(last=last, **specs(width)) for width in PREFILL}
     saved = path.parent / "saved"
     tf.saved_model.save(module, str(saved), signatures=signatures)
     path.write_bytes(tf.lite.TFLiteConverter.from_saved_model(str(saved), signature_keys=list(signatures)).convert())

@@ -26,7 +26,7 @@ from exporters.tflite_structure import (
 from models.checkpoint import load_model, shape_of
 from models.errors import GateError
 
-SETTINGS = TfliteSettings(prefill_tokens=12, context_tokens=48)
+SETTINGS = TfliteSettings(prefill_tokens=[12, 4], context_tokens=48)
 
 
 def randomised_checkpoint(folder: Path, family: str) -> Path:
@@ -61,8 +61,9 @@ def exported(request, tmp_path_factory, text_folder) -> Path:
 
 def test_parity_and_sidecar(exported):
     sidecar = json.loads((exported / "out" / "tflite_fp32.json").read_text())
-    assert sidecar["interface"]["prefill_tokens"] == 12 and sidecar["interface"]["context_tokens"] == 48
-    assert sidecar["measured"]["prompt_tokens"] == [6, 12, 27]  # shorter than, equal to and longer than a chunk
+    assert sidecar["interface"]["prefill_tokens"] == [4, 12] and sidecar["interface"]["context_tokens"] == 48
+    lengths = sidecar["measured"]["prompt_tokens"]  # shorter than, equal to and longer than a call
+    assert lengths == {"prefill_4": [2, 4, 11], "prefill_12": [6, 12, 27]}
     for runtime in ("litert", "tflite"):
         parity = sidecar["measured"]["parity"][runtime]
         assert max(parity["max_abs_diff_prompt"], parity["max_abs_diff_decode"]) <= SETTINGS.max_abs_diff
@@ -74,10 +75,11 @@ def test_tensor_contract(exported):
     contract = tensor_contract(read_model(exported / "out" / "tflite_fp32.tflite"))
     shape = shape_of(load_model(exported / "model"))
     cache = {f"{part}_{layer}": ("float32", [1, shape.kv_heads, 48, shape.head_dim]) for part in "kv" for layer in range(2)}
-    for name, chunk in (("prefill", 12), ("decode", 1)):
+    assert list(contract) == ["decode", "prefill_4", "prefill_12"]  # the Interpreter API shows the tensors of the first alone
+    for name, chunk in (("decode", 1), ("prefill_4", 4), ("prefill_12", 12)):
         expected = {"tokens": ("int32", [1, chunk]), "positions": ("int32", [1, chunk])}
         expected |= {"mask": ("float32", [1, 1, chunk, 48 + chunk])} | cache
-        expected |= {"last": ("int32", [1])} if name == "prefill" else {}
+        expected |= {"last": ("int32", [1])} if name != "decode" else {}
         assert {entry["name"]: (entry["dtype"], entry["shape"]) for entry in contract[name]["inputs"]} == expected
         outputs = {entry["name"]: entry["shape"] for entry in contract[name]["outputs"]}
         assert outputs.pop("logits") == [1, VOCABULARY]
@@ -85,14 +87,14 @@ def test_tensor_contract(exported):
 
 
 def test_weights_are_shared(exported):
-    """Both signatures and the tied head read the same bytes, and the file is hardly larger than the parameters."""
+    """All signatures and the tied head read the same bytes, and the file is hardly larger than the parameters."""
     path = exported / "out" / "tflite_fp32.tflite"
     found = operators(read_model(path))
     buffers = {
         name: [op.inputs[1].buffer for op in found if op.signature == name and op.name in ("FULLY_CONNECTED", "EMBEDDING_LOOKUP")]
-        for name in ("prefill", "decode")
+        for name in ("decode", "prefill_4", "prefill_12")
     }
-    assert buffers["prefill"] == buffers["decode"]
+    assert buffers["prefill_4"] == buffers["prefill_12"] == buffers["decode"]
     assert buffers["decode"][0] == buffers["decode"][-1]  # embedding and head
     assert path.stat().st_size < 4 * shape_of(load_model(exported / "model")).parameters + 120_000
     assert b"/root/" not in path.read_bytes() and str(exported).encode() not in path.read_bytes()
@@ -105,7 +107,7 @@ def test_same_bytes_from_another_process(exported, text_folder, tmp_path):
         from pathlib import Path
         from exporters import tflite_export
         from exporters.settings import TfliteSettings
-        tflite_export.run(TfliteSettings(prefill_tokens=12, context_tokens=48), Path({str(tmp_path)!r}),
+        tflite_export.run(TfliteSettings(prefill_tokens=[12, 4], context_tokens=48), Path({str(tmp_path)!r}),
                           model=Path({str(exported / "model")!r}), text=Path({str(text_folder)!r}))
     """
     root = Path(tflite_export.__file__).parents[1]
@@ -117,7 +119,7 @@ def test_same_bytes_from_another_process(exported, text_folder, tmp_path):
 def test_a_difference_is_a_gate_error(exported):
     feeds = Feeds(np.full((1, 8), 5, np.int32), np.array([6], np.int32))
     with pytest.raises(GateError, match="differs from PyTorch"):
-        check_parity(exported / "out" / "tflite_fp32.tflite", feeds, np.zeros((1, 3, VOCABULARY), np.float32), 5e-5)
+        check_parity(exported / "out" / "tflite_fp32.tflite", "prefill_4", feeds, np.zeros((1, 3, VOCABULARY), np.float32), 5e-5)
 
 
 def test_weak_scores_do_not_leak_to_empty_slots(tmp_path, text_folder):
@@ -159,7 +161,7 @@ def test_refused_operators_are_named(exported):
     check_loadable(found, "tflite_fp32")
     for name, version in (("FULLY_CONNECTED", 12), ("STABLEHLO_COMPOSITE", 1)):
         with pytest.raises(GateError, match=name):
-            check_loadable([Operator("prefill", name, version, linear.inputs, linear.outputs)], "tflite_fp32")
+            check_loadable([Operator("decode", name, version, linear.inputs, linear.outputs)], "tflite_fp32")
 
 
 def test_operator_table_is_what_the_runtime_registers(exported, tmp_path):

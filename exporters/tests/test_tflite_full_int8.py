@@ -11,7 +11,8 @@ from ai_edge_litert import interpreter as litert
 from conftest import VOCABULARY, write_checkpoint
 from device_tests.artifact import read_artifact
 from device_tests.errors import ArtifactFailure
-from device_tests.tflite_session import TfliteSession, open_model
+from device_tests.tflite_calls import InterpreterCalls
+from device_tests.tflite_session import TfliteSession, open_model, signatures_of
 from exporters import tflite_full_int8
 from exporters.settings import TfliteFullInt8Settings
 from exporters.tflite_export import reference_logits
@@ -129,7 +130,7 @@ def test_hidden_slots_do_not_count(converted):
 def test_session_has_an_int8_cache(converted):
     session, replay = session_of(converted), replay_of(converted)
     tokens = random_tokens(20)
-    empty = {name: cache.copy() for name, cache in session._caches.items()}
+    empty = {name: cache.copy() for name, cache in session.caches().items()}
     assert all(cache.dtype == np.int8 for cache in empty.values())
     for _ in range(2):  # and once more after a reset
         replay.reset()
@@ -139,7 +140,7 @@ def test_session_has_an_int8_cache(converted):
             np.testing.assert_array_equal(logits, replay.call("decode", np.array([token])))
         assert logits.dtype == np.float32 and len(logits) == VOCABULARY
         session.reset()
-        for name, cache in session._caches.items():
+        for name, cache in session.caches().items():
             np.testing.assert_array_equal(cache, empty[name])
 
 
@@ -152,8 +153,9 @@ def test_other_scales_are_refused(converted):
         check_types_and_scales(graph, NAME)
     interpreter = litert.Interpreter(str(converted / f"{NAME}.tflite"), num_threads=1)
     interpreter.allocate_tensors()
+    artifact = read_artifact(converted / f"{NAME}.json")
     with pytest.raises(ArtifactFailure, match="cache k_0"):
-        TfliteSession(read_artifact(converted / f"{NAME}.json"), Altered(interpreter, "new_k_0"))
+        TfliteSession(artifact, InterpreterCalls(Altered(interpreter, "new_k_0"), signatures_of(artifact)))
 
 
 class Altered:

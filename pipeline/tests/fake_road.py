@@ -114,8 +114,8 @@ def fake_sidecar(folder: Path, name: str, form: str) -> dict:
     sizes |= {"bos_token_id": 0, "eos_token_id": 0}
     return {
         "name": name, "format": form, "file": path.name, "files": [file], "sha256": file["sha256"], "bytes": file["bytes"],
-        "interface": {**sizes, "prefill_tokens": 8 if form == "tflite" else None},
-        "tensors": tensors if form == "onnx" else {"prefill": tensors, "decode": tensors},
+        "interface": {**sizes, "prefill_tokens": [8] if form == "tflite" else None},
+        "tensors": tensors if form == "onnx" else {"decode": tensors, "prefill_8": tensors},
         "parent": "cd" * 32, "settings": {}, "versions": {form: "1.0"}, "measured": fake_measured(name),
     }  # fmt: skip
 
