@@ -5,9 +5,8 @@ output, fills ``tokens`` and ``positions``, sets those behind a short prompt to 
 So each signature is edited: the mask is computed from the first position, the new keys and values are written into the cache in place,
 and what only served outputs that are gone goes too. Weights and arithmetic stay as they were proved.
 
-LiteRT-LM also keeps packed weights in a file, where XNNPACK finds them again by their buffer alone. What is packed depends on the zero
-point of the other input too, so two layers that share a weight and differ in that one would get each other's, without a word (measured
-with 0.18.1: perplexity up by 7 %). Such layers get buffers of their own.
+LiteRT-LM keeps packed weights in a file. There two layers that share a weight, and whose inputs differ in scale and zero point, got each
+other's without a word (0.18.1: perplexity up by 7 % on the demo model; LiteRT 2.3.0 keeps them apart). They get buffers of their own.
 
 One buffer for both sides of the cache is safe: of it, attention looks only at slots before the first position, the others are hidden
 from it, and writing begins at the first position.
@@ -99,14 +98,6 @@ def write_self_caching(source: Path, target: Path, layers: int) -> None:
         edit(Editor(model, signature), layers)
     separate_weights(model)
     write_model(model, target)
-
-
-def weights_are_mistakable(path: Path) -> bool:
-    """Whether layers of a TFLite file share a weight in ways that XNNPACK's file of packed weights mixes up."""
-    model = read_model(path)
-    buffers = len(model.buffers)
-    separate_weights(model)
-    return len(model.buffers) > buffers
 
 
 def separate_weights(model: schema.ModelT) -> None:

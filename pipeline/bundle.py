@@ -30,7 +30,7 @@ from pipeline.bundle_licences import notice, write_licence
 from pipeline.bundle_onnx import add_ort_file, complete_onnx
 from pipeline.bundle_readme import readme
 from pipeline.fingerprint import text_sha256
-from pipeline.litert_lm import add_litert_lm, litert_lm, with_notes
+from pipeline.litert_lm import add_litert_lm, litert_lm
 from pipeline.manifest import MANIFEST, SIGNATURE, SUMS, Manifest, OtherRuntime, Provenance, manifest_json, sums
 from pipeline.model_card import CARD, model_card
 from pipeline.recipe import recipe_toml
@@ -186,7 +186,6 @@ def with_models(bundle: Path, inputs: BundleInputs) -> Manifest:
         entries = [add_ort_file(bundle, entry) if "ort" in more_forms(entry) else entry for entry in entries]
     if options.litert_lm:
         entries = [add_litert_lm(bundle, entry, prompt) if "litert_lm" in more_forms(entry) else entry for entry in entries]
-    entries = [with_notes(bundle, entry) if entry.format == "tflite" else entry for entry in entries]
     others += [litert_lm(entry) for entry in entries if entry.format == "tflite" and entry.recommended]
     return Manifest(
         name=inputs.recipe.name,

@@ -17,7 +17,7 @@ from litert_lm_builder.litertlm_builder import DType, LitertLmFileBuilder, Metad
 from litert_lm_builder.runtime.proto.llm_metadata_pb2 import LlmMetadata
 from tokenizers import Tokenizer
 
-from exporters.tflite_litert_lm import HIDDEN, weights_are_mistakable, write_self_caching
+from exporters.tflite_litert_lm import HIDDEN, write_self_caching
 from models.errors import GateError
 from models.provenance import sha256_of
 from pipeline.manifest import Artifact, Interface, OtherRuntime, Prompt
@@ -156,16 +156,6 @@ def check_signature(artifact: Runners, rewritten: Runners, interface: Interface,
             difference = float(np.abs(found - expected).max())
             raise GateError(f"{name}: logits differ by up to {difference:.2g} from the artifact's; 0 is allowed")
         token = int(found.argmax())
-
-
-def with_notes(bundle: Path, artifact: Artifact) -> Artifact:
-    """A TFLite artifact with what its host has to know."""
-    if not weights_are_mistakable(bundle / artifact.file):
-        return artifact
-    note = (
-        "keep XNNPACK's file of packed weights (its weight cache) off: layers here share weights at other scales, which it mixes up unsaid"
-    )
-    return artifact.model_copy(update={"notes": [*artifact.notes, note]})
 
 
 def litert_lm(artifact: Artifact) -> OtherRuntime:

@@ -75,7 +75,6 @@ class Artifact(Entry):
     bytes: int = Field(description="of files")
     bytes_compressed: int = Field(description="of files, deflated: what they add to a download")
     why: str = Field(description="why this artifact is in the bundle")
-    notes: list[str] = Field([], description="what a host has to know")
     interface: Interface
     tensors: dict = Field(description="names, types and shapes of inputs and outputs; for TFLite by signature")
     gates: dict[str, float | None]
