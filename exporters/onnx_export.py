@@ -23,6 +23,7 @@ from exporters.gqa_hook import Fusions, GroupQueryDecoder, attention_as_operator
 from exporters.onnx_parity import greedy_mismatch, parity, parity_beyond
 from exporters.onnx_passes import PassCounts, fuse
 from exporters.onnx_session import LARGE_BYTES, open_session
+from exporters.onnx_structure import copied_caches
 from exporters.settings import OnnxSettings
 from models.checkpoint import ModelShape, load_model, shape_of
 from models.checkpoint_check import one_line
@@ -139,9 +140,12 @@ def save(model: ir.Model, path: Path) -> list[Path]:
 def check(path: Path) -> None:
     """onnx's own checker on everything in the standard's domains; raises onnx.checker.ValidationError, a bug of the export.
 
-    SimplifiedLayerNormalization lives in ONNX Runtime's part of the default domain, which the checker doesn't know.
+    SimplifiedLayerNormalization lives in ONNX Runtime's part of the default domain, which the checker doesn't know. GateError for a
+    cache that no attention reads and writes in place: every step would copy it.
     """
     model = onnx.load(path, load_external_data=False)
+    if copied := copied_caches(model.graph):
+        raise GateError(f"{path.name}: {len(copied)} caches are copied at every step, limit 0; first: {copied[0]}")
     for node in model.graph.node:
         if node.op_type == "SimplifiedLayerNormalization":
             node.domain = "com.microsoft"

@@ -14,7 +14,7 @@ from onnxruntime.quantization import QuantType
 from device_tests.artifact import read_artifact
 from device_tests.errors import ArtifactFailure
 from device_tests.onnx_model import open_model
-from exporters import onnx_hybrid, onnx_hybrid_int8, onnx_int8, onnx_qdq
+from exporters import onnx_export, onnx_hybrid, onnx_hybrid_int8, onnx_int8, onnx_qdq
 from exporters.onnx_calibration import Feeds, activation_ranges
 from exporters.onnx_mixed import require_mixed
 from exporters.onnx_qdq import Scheme, linear_layers, quantise
@@ -90,6 +90,9 @@ def test_a_cache_that_cannot_be_one_buffer_is_found(exports, static, tmp_path, p
         assert f"past_key_values.0.{'value' if place == 'behind' else 'key'}" in structure.copied_caches
         with pytest.raises(GateError, match="x: [12] caches that are copied at every step"):
             require_cache_in_place(structure, "x")
+        if source is not static:
+            with pytest.raises(GateError, match="model.onnx: [12] caches are copied at every step, limit 0"):
+                onnx_export.check(tmp_path / "model.onnx")
         if source is static:
             with pytest.raises(GateError, match="caches that are copied at every step"):
                 require_mixed(structure, LAYERS, {}, "x")
