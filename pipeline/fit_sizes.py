@@ -19,6 +19,7 @@ from exporters.settings import (
     OnnxWeightOnlyInt4Settings,
     OnnxWeightOnlyInt8Settings,
     TfliteFullInt8Settings,
+    TfliteSettings,
 )
 from pipeline.fit_shape import DecoderShape, matrices, parameters
 
@@ -27,6 +28,7 @@ ONE_FILE_BYTES = 1_800_000_000  # the most that one ONNX message may be
 TFLITE_BYTES = 2**31 - 2**20  # offsets in a flatbuffer are signed 32-bit numbers
 GRAPHS = Path(__file__).parent / "presets" / "graph_bytes.toml"
 FULL_CONTEXT = TfliteFullInt8Settings().context_tokens
+TFLITE_SIGNATURES = 1 + len(TfliteSettings().prefill_tokens)  # decode, and a prefill for each length
 GRAPH_DEFLATED = 0.2  # names and node fields repeat themselves
 DEFLATE_LEVEL = 9
 
@@ -114,7 +116,7 @@ def formats(blocks: Blocks) -> tuple[Format, ...]:
     int8 = Codes("int8", 8, blocks.int8, scale_bytes=4)
     static = Codes("int8", 8, scale_bytes=4, zero_point_bits=8)
     whole = Codes("int8", 8)  # one scale for all
-    params = Codes("int8", 8, scale_bytes=24)  # a scale and a 64-bit zero point per row, in each of two signatures
+    params = Codes("int8", 8, scale_bytes=12 * TFLITE_SIGNATURES)  # a scale and a 64-bit zero point per row, in each signature
     onnx, tflite = {"rotary_bytes": 2 * FLOAT_BYTES}, {"float_limit": TFLITE_BYTES}
     return (
         Format("checkpoint_fp32", FP32, FP32),

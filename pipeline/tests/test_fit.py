@@ -288,5 +288,9 @@ def test_sizes_are_those_of_the_artifacts_in_the_prices():
     sizes = {size.name: size.disk for size in fit("demo", Question(prune=prune_settings("ffn=0.5"))).sizes}
     known = sizes.keys() & rows.keys()
     assert {"onnx_weight_only_int4", "tflite_weight_only_int8", "tflite_full_int8"} <= known
-    for name in known:
+    # The prices' TFLite rows are older than the signatures for prompts of several lengths, whose graphs the arithmetic counts.
+    shorter = {"tflite_static_int8", "tflite_dynamic_int8", "tflite_weight_only_int8"}
+    for name in known - shorter:
         assert sizes[name] == pytest.approx(rows[name], rel=0.03), name
+    for name in known & shorter:
+        assert rows[name] < sizes[name] < 1.06 * rows[name], name
