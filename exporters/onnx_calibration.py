@@ -131,22 +131,22 @@ Visit = Callable[[str, np.ndarray], None]
 def observe(session: onnxruntime.InferenceSession, names: list[str], feeds: Feeds, visit: Visit) -> None:
     """Call ``visit(name, values)`` for every tensor of every feed; nothing is kept between feeds but the cache of one window."""
     for window in track(feeds.windows, "calibrating", total=len(feeds.windows)):
-        for values in _run_window(session, names, window, feeds.decode_steps):
+        for values, _ in run_window(session, names, window, feeds.decode_steps):
             for name, array in zip(names, values, strict=True):
                 visit(name, array)
 
 
-def _run_window(
+def run_window(
     session: onnxruntime.InferenceSession, names: list[str], window: np.ndarray, decode_steps: int
-) -> Iterator[list[np.ndarray]]:
-    """The tensors ``names`` for the prompt and for each decode step on its cache."""
+) -> Iterator[tuple[list[np.ndarray], dict[str, np.ndarray]]]:
+    """The tensors ``names``, and the cache by the pasts' names, after the prompt and after each decode step on its cache."""
     cache_names, past = past_names(session), empty_past(session, 1)
     outputs = [*names, *map(present_name, cache_names)]
     prompt = len(window) - decode_steps
     for tokens in (window[:prompt], *(window[step : step + 1] for step in range(prompt, len(window)))):
         values = session.run(outputs, feed(tokens[None], past))
         past = dict(zip(cache_names, values[len(names) :], strict=True))
-        yield values[: len(names)]
+        yield values[: len(names)], past
 
 
 def percentile_ends(histogram: Histogram) -> tuple[float, float]:

@@ -51,15 +51,16 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
         tried.append((forms, compare(source, path, windows, NAME)))
         return bool(targets.missed(tried[-1][1]))
 
-    ruled_out = missed(dict.fromkeys(kept_float, "float"))
-    costs = None
-    if ruled_out or fp32_bytes <= settings.sensitivity_up_to_mb * 1e6:
+    all_int8_missed = missed(dict.fromkeys(kept_float, "float"))
+    costs, ranking, left = None, [], ()
+    if all_int8_missed or fp32_bytes <= settings.sensitivity_up_to_mb * 1e6:
         switched = Switched(onnx_format.load(source), quantised, windows)
         costs = sensitivity(switched, settings.sensitivity_windows)
         ranking = [cost.name for cost in costs.layers if cost.name not in kept_float]
-        left = layers_to_leave(switched, ranking, targets) if ruled_out else ()
+        left = layers_to_leave(switched, ranking, targets) if all_int8_missed else ()
         del switched  # two models in one
-        for forms in forms_to_try(left, ranking, kept_float) if ruled_out else ():
+    if all_int8_missed:
+        for forms in forms_to_try(left, ranking, kept_float):
             if not missed(forms):
                 break
     forms, agreement = tried[-1]

@@ -14,8 +14,9 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from exporters.onnx_calibration import Feeds
-from exporters.onnx_session import empty_past, feed, open_session_of, past_names, present_name
+from exporters.onnx_calibration import Feeds, run_window
+from exporters.onnx_files import compact
+from exporters.onnx_session import open_session_of, present_name
 from exporters.onnx_structure import ATTENTION
 from models.errors import GateError, UserError
 from models.progress import track
@@ -87,8 +88,7 @@ def with_int8_cache(model: onnx.ModelProto, scales: dict[str, np.ndarray]) -> on
     """``model`` itself where there are no scales, else a copy that keeps its cache as int8."""
     if not scales:
         return model
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = compact(model)
     store_as_int8(copy, scales)
     return copy
 
@@ -116,12 +116,10 @@ def attentions(graph: onnx.GraphProto) -> list[NodeProto]:
 def caches(model: onnx.ModelProto, feeds: Feeds) -> Iterator[tuple[str, np.ndarray]]:
     """Each past's name with what it holds float32 ``[1, kv_heads, tokens, head_dim]`` after each window, fed as prompt and as steps."""
     session = open_session_of(model)
-    names = past_names(session)
     for window in track(feeds.windows, "calibrating the KV cache", total=len(feeds.windows)):
-        past, prompt = empty_past(session, 1), len(window) - feeds.decode_steps
-        for tokens in (window[:prompt], *(window[step : step + 1] for step in range(prompt, len(window)))):
-            past = dict(zip(names, session.run([present_name(name) for name in names], feed(tokens[None], past)), strict=True))
-        yield from past.items()
+        for _, cache in run_window(session, [], window, feeds.decode_steps):
+            held = cache
+        yield from held.items()
 
 
 def turn_of(graph: onnx.GraphProto, attention: NodeProto, artifact: str) -> Turn:

@@ -13,6 +13,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from exporters.onnx_agreement import Agreement, agreement_of, logprob
+from exporters.onnx_files import compact
 from exporters.onnx_qdq import linear_layers
 from exporters.onnx_session import empty_past, feed, open_session_of
 from exporters.onnx_structure import is_token_gather
@@ -46,8 +47,7 @@ class Switched:
 
     def __init__(self, model: onnx.ModelProto, quantised: onnx.ModelProto, windows: np.ndarray):
         """``model`` is the fp32 parent of ``quantised``; ``windows`` int ``[n, tokens]``: as many are used as fit the memory."""
-        switched = onnx.ModelProto()
-        switched.CopyFrom(quantised)
+        switched = compact(quantised)
         self.names = add_switches(switched.graph, model.graph)
         self.session = open_session_of(switched)
         first = self._logits(windows[0], frozenset())

@@ -48,7 +48,7 @@ def run(settings: TfliteInt8Settings, out: Path, tflite: Path, text: Path) -> No
     targets, judge = Targets.of(settings), Judge.of(parent_path, np.load(text / "validation.npy"), context)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(settings, parent_path, windows[:, :context], Path(folder) / "equalised.tflite")
-        chosen = write(prepared, dynamic_patterns(settings.dynamic, prepared.found), path)
+        chosen = write(prepared, prepared.dynamic, path)
         tried, costs = [(chosen.dynamic, judge.worst(path))], ()
         if targets.missed(tried[0][1]):
             layers = static_layers(prepared.found, chosen.dynamic)
@@ -100,6 +100,7 @@ class Prepared:
 
     path: Path
     found: list[Operator]
+    dynamic: tuple[str, ...]  # patterns of the layers that are not to be static
     ranges: dict[str, ChannelRange]
     logits: np.ndarray
     row_scales: dict[str, np.ndarray]
@@ -121,12 +122,14 @@ def prepare(settings: TfliteInt8Settings, parent: Path, windows: np.ndarray, pat
     fed = windows[: settings.windows]
     found = operators(graph)
     seen = calibrate(parent, found, track(fed, "tflite int8: first pass"), settings.decode_steps)
-    equalised = equalise(graph, seen, settings.input_smoothing, dynamic_patterns(settings.dynamic, found))
+    dynamic = dynamic_patterns(settings.dynamic, found)
+    equalised = equalise(graph, seen, settings.input_smoothing, dynamic)
     found = operators(graph)
     write_model(graph, path)
     seen = calibrate(path, found, track(fed, "tflite int8: second pass"), settings.decode_steps)
     ranges = with_margin(seen.ranges, found)
-    return Prepared(path, found, ranges, seen.logits, equalised.row_scales, equalised.smoothed_layers, equalised.split_layers)
+    scales, smoothed, split = equalised.row_scales, equalised.smoothed_layers, equalised.split_layers
+    return Prepared(path, found, dynamic, ranges, seen.logits, scales, smoothed, split)
 
 
 def write(prepared: Prepared, dynamic: tuple[str, ...], path: Path) -> Chosen:

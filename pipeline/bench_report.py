@@ -14,6 +14,7 @@ RECORD, PAGE = "bench.json", "bench.md"
 BENCH_COLUMNS = (
     "row", "threads", "MB", "first token ms", "x PyTorch", "x fp32 ORT", "decode tokens/s", "x PyTorch", "x fp32 ORT", "spread", "peak MB",
 )  # fmt: skip
+STAGE_COLUMNS = ("stage", "seconds", "peak MB", "MB on disk")
 RATIO_BASES = (TORCH, FP32)
 
 
@@ -117,17 +118,20 @@ def page(record: dict, plots: list[str]) -> str:
 def section(size: dict) -> list[str]:
     """One size of the page."""
     notes = [f"- {row['row']}: {'; '.join(row['notes'])}" for row in size["rows"] if row["notes"] and row["threads"] == size["threads"][0]]
-    costs = [
-        (row["stage"], f"{row['seconds']:.1f}", f"{row['peak_rss_mb']:.0f}", shown(row.get("disk_mb"), ".1f")) for row in size["stages"]
-    ]
+    costs = [stage_row(row) for row in size["stages"]]
     return [
         f"## {size['name']}",
         f"{size['about']}: {size['parameters'] / 1e6:.1f} M parameters. {size['how']}",
         machine(size),
         markdown(full_columns(size), full_rows(size)),
         *(["Notes:\n\n" + "\n".join(notes)] if notes else []),
-        *(["What the stages of the road cost:", markdown(("stage", "seconds", "peak MB", "MB on disk"), costs)] if costs else []),
+        *(["What the stages of the road cost:", markdown(STAGE_COLUMNS, costs)] if costs else []),
     ]
+
+
+def stage_row(row: dict) -> tuple[str, ...]:
+    """What one stage cost; a dash for the disk where an older record does not tell."""
+    return (row["stage"], f"{row['seconds']:.1f}", f"{row['peak_rss_mb']:.0f}", shown(row.get("disk_mb"), ".1f"))
 
 
 def machine(size: dict) -> str:

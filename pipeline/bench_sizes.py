@@ -57,10 +57,14 @@ def recipe_of(size: Size, work: Path, overrides: list[str]) -> Recipe:
     artifacts = f"artifacts={json.dumps(list(ARTIFACT_OF_STAGE.values()))}"
     if size.config is None:
         return load_recipe(None, [artifacts, *size.settings, *overrides])
-    folder = random_checkpoint(size.config, work / "bench")
-    given = {"checkpoint.source": folder, **{f"text.{name}": path for name, path in DEMO_TEXTS.items()}}
-    places = [f"{key}={json.dumps(str(path))}" for key, path in given.items()]
-    return load_recipe(None, [f"name={json.dumps(size.name)}", artifacts, *places, *size.settings, *overrides])
+    return load_recipe(None, [artifacts, *with_random_weights(size.name, size.config, work), *size.settings, *overrides])
+
+
+def with_random_weights(name: str, preset: str, work: Path) -> list[str]:
+    """Settings of a recipe called ``name`` that begins with random weights of a preset's shape, and has the demo's texts."""
+    given = {"name": name, "checkpoint.source": random_checkpoint(preset, work / "bench")}
+    given |= {f"text.{part}": path for part, path in DEMO_TEXTS.items()}
+    return [f"{key}={json.dumps(str(value))}" for key, value in given.items()]
 
 
 def random_config(preset: str) -> dict:

@@ -162,7 +162,8 @@ def fill(bundle: Path, inputs: BundleInputs) -> None:
     (bundle / "NOTICE").write_text(notice(manifest, report, bundle, folders["checkpoint"]), encoding="utf-8")
     (bundle / CARD).write_text(model_card(manifest, report, folders["checkpoint"]), encoding="utf-8")
     (bundle / "README.md").write_text(readme(manifest, report), encoding="utf-8")
-    (bundle / SBOM).write_text(sbom(relisted(manifest, bundle)), encoding="utf-8")
+    manifest = relisted(manifest, bundle)
+    (bundle / SBOM).write_text(sbom(manifest), encoding="utf-8")
     manifest = relisted(manifest, bundle)
     (bundle / MANIFEST).write_text(manifest_json(manifest), encoding="utf-8")
     (bundle / SUMS).write_text(sums(manifest, sha256_of(bundle / MANIFEST)), encoding="utf-8")
@@ -214,4 +215,4 @@ def with_models(bundle: Path, inputs: BundleInputs) -> Manifest:
 
 def relisted(manifest: Manifest, bundle: Path) -> Manifest:
     """The same manifest over the files that are there by now."""
-    return manifest.model_copy(update={"files": described(bundle)})
+    return manifest.model_copy(update={"files": described(bundle, manifest.files)})

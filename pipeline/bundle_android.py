@@ -7,15 +7,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from pipeline import rendering
 from pipeline.compressed import deflated_bytes
 from pipeline.manifest import MANIFEST, Artifact, Manifest
+from pipeline.rendering import environment
 from pipeline.report import Report
 from pipeline.text_rules import UnsupportedTokenizer, text_rules_json
 from pipeline.variants import OTHER_TENSORS, Cost, cost_of
 
-TEMPLATES = Path(__file__).resolve().parent / "templates" / "android"
+TEMPLATES = rendering.TEMPLATES / "android"
 VALUES = ".j2"  # ends the name of a template that values go into
 TEXT_RULES = "tokenizer/text_rules.json"
 KOTLIN = "2.2.21"  # of the project's compiler; the tests compile with the same one
@@ -122,9 +122,7 @@ def properties(models: list[Model]) -> str:
 
 def render(templates: Path, target: Path, values: dict, unused: set[str]) -> None:
     """Copy the tree but for the folders called as in ``unused``, filling in the templates."""
-    environment = Environment(
-        loader=FileSystemLoader(templates), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
+    filled = environment(templates, keep_trailing_newline=True)
     for source in sorted(path for path in templates.rglob("*") if path.is_file()):
         name = source.relative_to(templates).as_posix()
         if unused.intersection(name.split("/")[:-1]):
@@ -132,6 +130,6 @@ def render(templates: Path, target: Path, values: dict, unused: set[str]) -> Non
         place = target / name.removesuffix(VALUES)
         place.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(VALUES):
-            place.write_text(environment.get_template(name).render(values), encoding="utf-8")
+            place.write_text(filled.get_template(name).render(values), encoding="utf-8")
         else:
             shutil.copyfile(source, place)

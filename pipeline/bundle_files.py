@@ -186,13 +186,14 @@ def copy_program(target: Path) -> None:
     shutil.copyfile(ROOT / "LICENSE", target / "LICENSE")
 
 
-def described(bundle: Path) -> list[File]:
-    """Every file under the bundle, by path, with its hash."""
+def described(bundle: Path, listed: list[File]) -> list[File]:
+    """Every file under the bundle, by path, with its hash. Those that are ``listed`` already are not read again: none is rewritten."""
+    known = {file.path: file for file in listed}
     files = []
     for name in sorted(path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()):
         if name not in UNLISTED:
             path = bundle / name
-            files.append(File(path=name, sha256=sha256_of(path), bytes=path.stat().st_size, role=role_of(name)))
+            files.append(known.get(name) or File(path=name, sha256=sha256_of(path), bytes=path.stat().st_size, role=role_of(name)))
     return files
 
 

@@ -1,5 +1,6 @@
 """Whether a bundle that lies there is whole, and is what is asked for: then it is not made again."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import UserError
@@ -16,19 +17,23 @@ from pipeline.zip_parts import parts_are
 REPORT = "report.json"
 
 
-def whole_bundle(folder: Path, archive: Path, key: str) -> Manifest | None:
-    """The manifest of folder and zip where both were made with ``key``, hold the same, and have every byte that they were made with."""
-    found = [whole_manifest(path, key) for path in (folder, archive)]
-    return found[0] if found[0] is not None and found[0] == found[1] else None
+@dataclass(frozen=True)
+class Kept:
+    """What was measured for a bundle, and its manifest; None where folder and zip are not both whole and of the same content."""
+
+    report: Report
+    manifest: Manifest | None
 
 
-def kept_report(folder: Path, archive: Path, key: str) -> Report | None:
-    """What was measured for a bundle with ``key``: from the zip or the folder, whichever still has every byte; None where neither has."""
-    for path in (archive, folder):
-        if whole_manifest(path, key):
-            with opened(path) as contents:
-                return Report.model_validate_json(read(contents, REPORT))
-    return None
+def kept_bundle(folder: Path, archive: Path, key: str) -> Kept | None:
+    """What is left of a bundle that was made with ``key``: None where neither zip nor folder has every byte that it was made with."""
+    found = {path: whole_manifest(path, key) for path in (archive, folder)}
+    right = next((path for path, manifest in found.items() if manifest), None)
+    if right is None:
+        return None
+    with opened(right) as contents:
+        report = Report.model_validate_json(read(contents, REPORT))
+    return Kept(report, found[folder] if found[folder] == found[archive] else None)
 
 
 def whole_manifest(path: Path, key: str) -> Manifest | None:

@@ -3,11 +3,9 @@
 import importlib.metadata
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from pipeline.manifest import Manifest
+from pipeline.rendering import environment
 from pipeline.report import Report
-from pipeline.report_html import TEMPLATES
 
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "COPYING*")
 NOTICE_PATTERNS = ("NOTICE*",)
@@ -33,9 +31,9 @@ def found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 def notice(manifest: Manifest, report: Report, bundle: Path, checkpoint: Path) -> str:
     """The text of NOTICE; the checkpoint's own notices are carried on."""
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     of_role = {role: [file.path for file in manifest.files if file.role == role] for role in ("artifact", "tokenizer")}
-    return environment.get_template("notice.j2").render(
+    template = environment().get_template("notice.j2")
+    return template.render(
         name=manifest.name,
         model=report.model,
         model_files=[path for path in of_role["artifact"] if not path.endswith(".json")],

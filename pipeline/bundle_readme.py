@@ -3,22 +3,20 @@
 import json
 import re
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from pipeline.manifest import Artifact, Manifest
+from pipeline.rendering import environment
 from pipeline.report import Report, report_json
-from pipeline.report_html import TEMPLATES
 from pipeline.variants import OTHER_TENSORS
 
 
 def readme(manifest: Manifest, report: Report) -> str:
     """README.md for whoever puts the bundle into an app; its numbers come from the report, its files from the manifest."""
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(first_layer=first_layer, shown=shown, percent=percent, agreements=agreements)
-    environment.globals.update(signatures=signatures, shown_signatures=shown_signatures)
+    templates = environment()
+    templates.globals.update(first_layer=first_layer, shown=shown, percent=percent, agreements=agreements)
+    templates.globals.update(signatures=signatures, shown_signatures=shown_signatures)
     files = {file.path: file for file in manifest.files}
     opened = {other.name for other in manifest.other_runtimes if other.opens}
-    return environment.get_template("bundle_readme.md.j2").render(
+    return templates.get_template("bundle_readme.md.j2").render(
         manifest=manifest,
         report=json.loads(report_json(report)),
         has=files.__contains__,

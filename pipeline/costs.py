@@ -14,14 +14,14 @@ from pathlib import Path
 from device_tests.board import describe
 from models.errors import UserError
 from pipeline.bench_rows import Tell, attempt
-from pipeline.bench_sizes import random_checkpoint
+from pipeline.bench_sizes import with_random_weights
 from pipeline.fit_shape import parameters, shape_of_config
-from pipeline.recipe import DEMO_TEXTS, Recipe, load_recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.runner import StageRun, as_rows
 from pipeline.stages import stages_of
 
 SIZES = Path(__file__).parent / "presets" / "costs.toml"
-WITHOUT_FORMAT = ("tokenizer", "golden")  # what a bundle holds beside its artifacts
+BESIDE_ARTIFACTS = ("tokenizer", "golden")  # stages of what a bundle holds too
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,8 @@ def size_named(name: str) -> CostSize:
 
 def recipe_of(size: CostSize, work: Path, overrides: list[str]) -> Recipe:
     """The default recipe for a size, with its random checkpoint where it has one; ``overrides`` (table.key=value) come last."""
-    places = []
-    if size.config is not None:
-        given = {"checkpoint.source": random_checkpoint(size.config, work / "bench")}
-        given |= {f"text.{name}": path for name, path in DEMO_TEXTS.items()}
-        places = [f"name={json.dumps(size.name)}", *(f"{key}={json.dumps(str(path))}" for key, path in given.items())]
-    return load_recipe(None, [*places, *size.settings, *overrides])
+    begin = [] if size.config is None else with_random_weights(size.name, size.config, work)
+    return load_recipe(None, [*begin, *size.settings, *overrides])
 
 
 def measure_costs(size: CostSize, work: Path, overrides: list[str], tell: Tell) -> dict:
@@ -65,7 +61,7 @@ def measure_costs(size: CostSize, work: Path, overrides: list[str], tell: Tell) 
     runs: dict[str, StageRun] = {}
     failures: dict[str, str] = {}
     folders: dict[str, Path] = {}
-    for stage in (*WITHOUT_FORMAT, *stages_of(recipe.artifacts)):
+    for stage in (*BESIDE_ARTIFACTS, *stages_of(recipe.artifacts)):
         made = attempt(recipe, work, stage, tell)
         folders |= made.folders
         runs |= {run.stage: run for run in made.runs}

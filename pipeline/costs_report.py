@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 - the backend is chosen before
 
-from pipeline.bench_report import read_record, write_size  # noqa: E402
+from pipeline.bench_report import STAGE_COLUMNS, read_record, stage_row, write_size  # noqa: E402
 from pipeline.costs import over_limits  # noqa: E402
 from pipeline.table import markdown, shown  # noqa: E402
 
@@ -67,20 +67,11 @@ def page(record: dict) -> str:
 def section(size: dict) -> list[str]:
     """Every stage of one size, and the machine."""
     machine = size["environment"]
-    lines = [
-        (
-            row["stage"],
-            f"{row['seconds']:.1f}",
-            f"{row['peak_rss_mb']:.0f}",
-            f"{row['disk_mb']:.1f}",
-            "found done" if row["cached"] else "ran",
-        )
-        for row in size["stages"]
-    ]
+    lines = [(*stage_row(row), "found done" if row["cached"] else "ran") for row in size["stages"]]
     return [
         f"## {size['name']}",
         f"Put together {size['measured_at']} on {machine['cpu'] or machine['isa']}, {machine['cores']} cores.",
-        markdown(("stage", "seconds", "peak MB", "MB on disk", "this run"), lines),
+        markdown((*STAGE_COLUMNS, "this run"), lines),
     ]
 
 

@@ -16,13 +16,12 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import UserError
 from pipeline.demo_columns import columns
 from pipeline.demo_run import Demo
-from pipeline.report_html import TEMPLATES
+from pipeline.rendering import environment
 from pipeline.report_numbers import FORMATS
 from pipeline.streaming import GenerateOptions, check_options
 from pipeline.verify import bundle_folder
@@ -209,12 +208,10 @@ def serve(bundle: Path, port: int, threads: int, work: Path, ready: Callable[[st
 
 def demo_page(name: str, demo: Demo, threads: int) -> str:
     """The page: style, script and columns in one file."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     cores = len(os.sched_getaffinity(0))
     wanted = threads * sum(column.missing is None for column in demo.columns)
-    return environment.get_template("demo.html.j2").render(
+    template = environment(autoescape=True).get_template("demo.html.j2")
+    return template.render(
         name=name, columns=demo.columns, cores=cores, crowded=wanted > cores, threads=threads, megabytes=FORMATS["megabytes"]
     )
 

@@ -7,8 +7,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pipeline.bundle_licences import changes
 from pipeline.manifest import Manifest
+from pipeline.rendering import TEMPLATES
 from pipeline.report import Report
-from pipeline.report_html import TEMPLATES
 
 CARD = "MODEL_CARD.md"
 LIBRARY_OF_FORMAT = {"onnx": "onnx", "tflite": "tflite"}

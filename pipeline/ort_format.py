@@ -17,6 +17,7 @@ from types import ModuleType
 import numpy as np
 import onnxruntime
 
+from exporters.onnx_session import empty_past, run_tokens
 from models.errors import GateError
 
 FLATBUFFER_LIMIT_BYTES = 2**31 - 2**20  # offsets are signed 32-bit numbers
@@ -120,17 +121,10 @@ def probe(path: Path, interface: dict) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    past = {value.name: value for value in session.get_inputs() if value.name.startswith("past_key_values.")}
-    empty = (1, interface["kv_heads"], 0, interface["head_dim"])
-    cache = {name: np.zeros(empty, np.int8 if "int8" in value.type else np.float32) for name, value in past.items()}
-    outputs = [value.name for value in session.get_outputs()]
-    tokens = min(PROBE_TOKENS, interface["context_tokens"] - 1)
-    found, length = [], 0
-    for count in (tokens, 1):
-        ids = np.arange(length + 1, length + count + 1, dtype=np.int64)[None] % interface["vocab_size"]
-        length += count
-        given = {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64), **cache}
-        answers = dict(zip(outputs, session.run(None, given), strict=True))
-        found += list(answers.values())
-        cache = {name: answers[name.replace("past_key_values", "present")] for name in past}
+    prompt = min(PROBE_TOKENS, interface["context_tokens"] - 1)
+    ids = np.arange(1, prompt + 2)[None] % interface["vocab_size"]
+    found, past = [], empty_past(session, 1)
+    for tokens in (ids[:, :prompt], ids[:, prompt:]):
+        logits, past = run_tokens(session, tokens, past)
+        found += [logits, *past.values()]
     return [np.asarray(each, np.float32) for each in found]

@@ -5,18 +5,15 @@ The pages of device tests and of comparisons are made from the same parts.
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pipeline.device_report import DeviceReport
+from pipeline.rendering import environment
 from pipeline.report import Report, report_json
 from pipeline.report_headline import lines
 from pipeline.report_numbers import Numbers, devices_of, value_at
 from pipeline.report_plots import latency_plot, quality_plot, sensitivity_plot, size_plot
-
-TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -70,12 +67,10 @@ def parts(data: dict) -> dict:
 
 def page(template: str, data: dict, **more) -> str:
     """A template filled with a record; every number is looked up in it by its path."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["wrap"] = wrapped
-    environment.globals.update(**Numbers(data).in_text(), value=lambda path: value_at(data, path), emulated=emulated, **more)
-    return environment.get_template(template).render(report=data)
+    templates = environment(autoescape=True)
+    templates.filters["wrap"] = wrapped
+    templates.globals.update(**Numbers(data).in_text(), value=lambda path: value_at(data, path), emulated=emulated, **more)
+    return templates.get_template(template).render(report=data)
 
 
 def wrapped(name: str) -> Markup:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.bundle import Bundle, build_bundle, bundle_at
 from pipeline.bundle_files import BundleInputs, BundleOptions
-from pipeline.bundle_kept import as_asked, kept_report, whole_bundle
+from pipeline.bundle_kept import as_asked, kept_bundle
 from pipeline.fingerprint import ROOT, code_of, text_sha256, tree_sha256
 from pipeline.measure import check_devices, measure, measuring_modules
 from pipeline.recipe import Recipe
@@ -55,11 +55,10 @@ def build(
     key = build_key(recipe, folders)
     folder = places.out / f"{recipe.name}-android-bundle"
     archive = folder.with_suffix(".zip")
-    kept = None if measure_again else kept_report(folder, archive, key)
-    whole = whole_bundle(folder, archive, key) if kept else None
-    if whole and as_asked(whole, archive, options):
-        return Built(bundle_at(folder, archive), as_data(kept), measured=False, written=False)
-    report = kept or measured_report(recipe, folders, places.work, runs, tell)
+    kept = None if measure_again else kept_bundle(folder, archive, key)
+    if kept and kept.manifest and as_asked(kept.manifest, archive, options):
+        return Built(bundle_at(folder, archive), as_data(kept.report), measured=False, written=False)
+    report = kept.report if kept else measured_report(recipe, folders, places.work, runs, tell)
     bundle = build_bundle(BundleInputs(recipe, folders, report, key, options), places.out)
     return Built(bundle, as_data(report), measured=kept is None, written=True)
 

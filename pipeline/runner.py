@@ -84,10 +84,10 @@ def plan(recipe: Recipe, work: Path, goals: tuple[str, ...] = ()) -> list[Planne
 
 def why(stage_folder: Path, parts: dict) -> list[str]:
     """What differs from the newest result of the same stage."""
-    records = sorted(stage_folder.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
-    if not records:
+    record = newest(stage_folder)
+    if record is None:
         return ["never run"]
-    return difference(json.loads(records[-1].read_text())["parts"], parts) or ["an older result with the same parts is gone"]
+    return difference(record["parts"], parts) or ["an older result with the same parts is gone"]
 
 
 def run_stages(
@@ -117,8 +117,14 @@ def run_stages(
 
 def last_time(stage_folder: Path) -> str:
     """How long the newest result of the same stage took, as the end of a sentence; empty where there is none."""
-    records = sorted(stage_folder.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
-    return f" (the last time {json.loads(records[-1].read_text())['seconds']:.0f} s)" if records else ""
+    record = newest(stage_folder)
+    return f" (the last time {record['seconds']:.0f} s)" if record else ""
+
+
+def newest(stage_folder: Path) -> dict | None:
+    """The record of a stage's newest result."""
+    path = max(stage_folder.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime, default=None)
+    return json.loads(path.read_text()) if path else None
 
 
 def disk_mb(folder: Path) -> float:

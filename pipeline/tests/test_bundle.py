@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import zipfile
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -17,10 +18,10 @@ from models.errors import GateError, UserError
 from pipeline import bundle as bundling
 from pipeline.bundle import AIM, build_bundle, size_line
 from pipeline.bundle_files import BundleInputs, BundleOptions
-from pipeline.bundle_kept import as_asked, kept_report, whole_bundle
+from pipeline.bundle_kept import as_asked, kept_bundle
 from pipeline.manifest import FORMAT_VERSION, Manifest, sums
 from pipeline.recipe import load_recipe
-from pipeline.report import build_report
+from pipeline.report import Report, build_report
 from pipeline.tests.fake_road import BEST, EVERYTHING, fake_outcome, fake_recipe, fake_road, fake_stages
 from pipeline.write_schemas import FOLDER
 from pipeline.zip_folder import write_zip
@@ -185,6 +186,16 @@ def test_same_inputs_same_bundle(road, tmp_path):
     first, second = build(road, tmp_path / "first"), build(road, tmp_path / "second")
     assert tree(first.folder) == tree(second.folder)
     assert first.archive.read_bytes() == second.archive.read_bytes()
+
+
+def whole_bundle(folder: Path, archive: Path, key: str) -> Manifest | None:
+    kept = kept_bundle(folder, archive, key)
+    return kept.manifest if kept else None
+
+
+def kept_report(folder: Path, archive: Path, key: str) -> Report | None:
+    kept = kept_bundle(folder, archive, key)
+    return kept.report if kept else None
 
 
 def test_whole_bundle_is_recognised_and_a_touched_one_is_not(road, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from models.errors import UserError
-from pipeline import costs
+from pipeline import bench_sizes, costs
 from pipeline.bench_rows import Attempt
 from pipeline.costs import CostSize, measure_costs, over_limits, recipe_of, size_named, sizes
 from pipeline.costs_report import COLUMNS, PAGE, PLOT, RECORD, rows, write_costs
@@ -21,7 +21,7 @@ CONFIG = {
 
 @pytest.mark.parametrize("name", sizes())
 def test_every_size_has_a_recipe_that_prunes_in_one_shot_and_does_not_recover(name, monkeypatch, tmp_path):
-    monkeypatch.setattr(costs, "random_checkpoint", lambda preset, place: tmp_path)
+    monkeypatch.setattr(bench_sizes, "random_checkpoint", lambda preset, place: tmp_path)
     recipe = recipe_of(size_named(name), tmp_path, ["smooth.windows=3"])
     assert recipe.recover.steps == 0 and recipe.prune.ffn > 0 and recipe.smooth.windows == 3
 
@@ -48,7 +48,7 @@ def made(recipe, work, stage, tell):
 
 def test_every_stage_is_told_once_limits_are_judged_and_what_failed_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(costs, "attempt", made)
-    monkeypatch.setattr(costs, "random_checkpoint", lambda preset, place: tmp_path)
+    monkeypatch.setattr(bench_sizes, "random_checkpoint", lambda preset, place: tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     size = measure_costs(CostSize("tiny", (), "tiny", limit_minutes=5, limit_mb=1000), tmp_path, [], lambda *_: None)
     stages = [row["stage"] for row in size["stages"]]
