@@ -15,7 +15,6 @@ from device_tests.errors import ArtifactFailure
 from device_tests.onnx_session import CHUNK_TOKENS, OnnxSession, cache_names, cache_type
 
 PROBE_TOKENS = 4
-SHORT_PROMPT_TOKENS = 8  # up to here the decode graph reads its weights once for all of them; on the demo model both ways take as long
 
 
 class HybridSession(OnnxSession):
@@ -26,19 +25,22 @@ class HybridSession(OnnxSession):
         check_pair(session, prompt_session, artifact.prompt.path.name)
         self._prompt_session = prompt_session
         self._prompt_binding = prompt_session.io_binding()
+        self._prompt_logits = np.zeros((1, 1, self.interface.vocab_size), dtype=np.float32)
         self._bind_caches(self._prompt_binding)
+        self._prompt_binding.bind_output("logits", "cpu", 0, np.float32, self._prompt_logits.shape, self._prompt_logits.ctypes.data)
         self.kept: tuple = ()  # what the prompt session reads and does not own
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits ``[vocab]`` after the last of ``tokens`` int ``[n]``, which alone goes through the decode graph."""
+        """Logits ``[vocab]`` after the last of ``tokens`` int ``[n]``.
+
+        All go through the prompt graph however few they are: what a prompt gives does not depend on how much of it was in a cache.
+        """
         ids = self._checked(tokens)
-        if ids.size <= SHORT_PROMPT_TOKENS:
-            return super().prefill(ids)
-        for start in range(0, ids.size - 1, CHUNK_TOKENS):
-            chunk = np.ascontiguousarray(ids[None, start : min(start + CHUNK_TOKENS, ids.size - 1)])  # [1, n]
+        for start in range(0, ids.size, CHUNK_TOKENS):
+            chunk = np.ascontiguousarray(ids[None, start : start + CHUNK_TOKENS])  # [1, n]
             self._prompt_binding.bind_input("input_ids", "cpu", 0, np.int64, chunk.shape, chunk.ctypes.data)
             self._run_bound(self._prompt_session, self._prompt_binding, chunk.shape[1])
-        return self.step(ids[-1]).copy()
+        return self._prompt_logits[0, 0].copy()
 
 
 def given_values(prompt: Prompt, ort) -> dict:
@@ -97,13 +99,14 @@ def open_hybrid(artifact: Artifact, open_graph, ort) -> HybridSession:
 
 
 def check_pair(session, prompt_session, name: str) -> None:
-    """ArtifactFailure unless the prompt graph, called ``name``, gives the decode graph's cache and nothing else."""
+    """ArtifactFailure unless the prompt graph, called ``name``, gives the decode graph's cache and the logits of one token."""
     kinds = [cache_type(each, name) for each in (prompt_session, session)]
     if kinds[0] != kinds[1]:
         raise ArtifactFailure(f"{name}: its KV cache is {kinds[0].__name__}, the decode graph's is {kinds[1].__name__}")
-    more = [value.name for value in prompt_session.get_outputs() if not value.name.startswith("present.")]
-    if more:
-        raise ArtifactFailure(f"{name}: it gives {', '.join(more)}, which nobody reads and every prompt pays for")
+    given = {value.name: value.shape for value in prompt_session.get_outputs() if not value.name.startswith("present.")}
+    if given.keys() != {"logits"} or given["logits"][1] != 1:
+        found = ", ".join(f"{key} {shape}" for key, shape in given.items()) or "no logits"
+        raise ArtifactFailure(f"{name}: beside the cache it gives {found}, not the logits of the last token alone; export it again")
 
 
 def reads_its_own(prompt_session, matrices: dict[str, np.ndarray], interface: Interface) -> bool:
@@ -118,7 +121,7 @@ def reads_its_own(prompt_session, matrices: dict[str, np.ndarray], interface: In
 
 
 def _probe(prompt_session, interface: Interface) -> list[np.ndarray]:
-    """Keys and values of a few tokens."""
+    """What the graph gives for a few tokens."""
     past = np.zeros((1, interface.kv_heads, 0, interface.head_dim), cache_type(prompt_session, "the prompt graph"))
     ids = np.arange(PROBE_TOKENS, dtype=np.int64)[None] % interface.vocab_size
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), **{f"past_key_values.{name}": past for name in cache_names(interface)}}

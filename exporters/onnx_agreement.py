@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import log_softmax
 
-from exporters.onnx_session import empty_past, feed, open_session, past_names, present_name, run_tokens
+from exporters.onnx_session import empty_past, open_session, run_tokens
 from models.errors import GateError
 
 COMPARED_WINDOWS = 8
@@ -37,23 +37,29 @@ def compare(reference: Path, quantised: Path, windows: np.ndarray, artifact: str
 
 
 def compare_hybrid(reference: Path, decode: Path, prompt: Path, windows: np.ndarray, artifact: str) -> Agreement:
-    """As ``compare``, with the first half of each window through the graph ``prompt`` and the second, which is judged, after it.
+    """As ``compare``, with the first half of each window through the graph ``prompt``, and judged from its last token on.
 
-    ``prompt`` gives the cache alone, ``decode`` goes on from there.
+    ``prompt`` gives the cache and the last token's logits, ``decode`` goes on from there. GateError where it gives more of them.
     """
     expected_by, got_by, fed_by = (open_session(path) for path in (reference, decode, prompt))
     half = windows.shape[1] // 2
 
     def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for window in windows:
-            expected = run_tokens(expected_by, window[None], empty_past(expected_by, 1))[0][0, half:-1]
-            names = past_names(fed_by)
-            presents = fed_by.run([present_name(name) for name in names], feed(window[None, :half], empty_past(fed_by, 1)))
-            got = run_tokens(got_by, window[None, half:], dict(zip(names, presents, strict=True)))[0][0, :-1]
+            expected = run_tokens(expected_by, window[None], empty_past(expected_by, 1))[0][0, half - 1 : -1]
+            last, past = run_tokens(fed_by, window[None, :half], empty_past(fed_by, 1))
+            require_last_alone(last, artifact)
+            got = np.concatenate([last[0], run_tokens(got_by, window[None, half:], past)[0][0, :-1]])
             require_live(got, artifact)
             yield logprob(expected), logprob(got)
 
-    return agreement_of(pairs(), windows[:, half:])
+    return agreement_of(pairs(), windows[:, half - 1 :])
+
+
+def require_last_alone(logits: np.ndarray, artifact: str) -> None:
+    """GateError where a prompt graph's ``logits`` ``[1, tokens, vocab]`` are of more than its last token: time and memory for nothing."""
+    if logits.shape[1] != 1:
+        raise GateError(f"{artifact}, prompt graph: it gives logits of {logits.shape[1]} tokens of a prompt, limit 1, the last")
 
 
 def agreement_of(pairs: Iterable[tuple[np.ndarray, np.ndarray]], windows: np.ndarray) -> Agreement:

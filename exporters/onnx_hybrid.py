@@ -3,11 +3,13 @@
 A prompt is bound by arithmetic, which is fastest with int8 activations; a single token is bound by the bytes of the weights, which
 MatMulNBits reads fastest. Both graphs have the same cache tensors, so one set of buffers serves both. The decode graph,
 ``<name>.onnx``, is whole by itself: any ONNX Runtime opens it and feeds it prompts too. The prompt graph, ``<name>.prompt.onnx``,
-ends at the keys and values of the last layer, and gives no logits: the prompt's last token goes through the decode graph.
+gives keys and values of all tokens and the logits of the last one alone, by the decode graph's own matrices
+(`exporters.onnx_prompt_graph`).
 
-The prompt graph holds no weights. Those that both graphs read as they are (the embedding, positions, rotary tables) it takes from
-the same file; its int8 matrices are the decode graph's numbers in another order, and the host makes them when it loads:
-``int8[in, out] = rint((code - zero) * scale / row_scale)`` transposed. The sidecar says where each lies.
+The prompt graph holds no weights. Those that both graphs read as they are (the embedding, positions, rotary tables, the matrices
+behind the last attention) it takes from the same file; its int8 matrices are the decode graph's numbers in another order, and the
+host makes them when it loads: ``int8[in, out] = rint((code - zero) * scale / row_scale)`` transposed. The sidecar says where each
+lies.
 """
 
 from collections.abc import Iterable
@@ -24,7 +26,8 @@ from exporters.onnx_calibration import Feeds
 from exporters.onnx_files import External, compact, refer, save_one_file, write_external
 from exporters.onnx_int8 import calibration_windows, static_int8
 from exporters.onnx_kv_cache import cache_bytes_per_token, described_tensors, kv_scales, store_as_int8
-from exporters.onnx_qdq import DEQUANTISED, drop_unused_initializers, linear_layers
+from exporters.onnx_prompt_graph import give_last_logits, keep_cache_only
+from exporters.onnx_qdq import DEQUANTISED, linear_layers
 from exporters.onnx_structure import Structure, require_blocks, require_count, require_no_float, structure_of
 from exporters.onnx_weight_only import ACCURACY_LEVEL, Variant, bits_per_weight, by_input, insert, quantised_matrices, stored, token_tables
 from exporters.settings import OnnxHybridInt4Settings, OnnxHybridInt8Settings, OnnxInt8Settings, StaticInt8Settings
@@ -55,6 +58,7 @@ class Graphs:
     prompt: onnx_format.ModelProto
     matrices: dict[str, Blocks]
     two_step: tuple[str, ...]
+    last_token: tuple[str, ...]  # products of the prompt graph that see its last token alone
     cache_scales: dict[str, np.ndarray]  # of an int8 KV cache, by the past's name
 
 
@@ -75,8 +79,7 @@ def write_artifact(hybrid: Hybrid, out: Path, onnx: Path, text: Path) -> None:
     onnx_format.save(graphs.prompt, prompt)
     structure, prompt_structure = structure_of(decode), structure_of(whole)
     require_blocks(structure, len(layers), hybrid.name)
-    require_prompt(prompt_structure, len(weights) + len(graphs.two_step), hybrid.name)
-    require_cache_alone(graphs.prompt.graph, hybrid.name)
+    require_prompt(prompt_structure, len(weights) + len(graphs.two_step), graphs.last_token, hybrid.name)
     agreement = compare_hybrid(source, decode, whole, np.load(text / "validation.npy")[:COMPARED_WINDOWS], hybrid.name)
     whole.unlink()
     tensors = described_tensors(parent["tensors"], graphs.cache_scales)
@@ -93,6 +96,7 @@ def write_artifact(hybrid: Hybrid, out: Path, onnx: Path, text: Path) -> None:
             "linear_layers": len(layers),
             "bits_per_weight": bits_per_weight(list(graphs.matrices.values())),
             "prompt_int8_linear_layers": len(weights),
+            "prompt_last_token_layers": len(graphs.last_token),
             "two_step_layers": list(graphs.two_step),
             "accuracy_level": ACCURACY_LEVEL,
             "kv_cache_bytes_per_token": cache_bytes_per_token(tensors),
@@ -136,10 +140,11 @@ def both_graphs(hybrid: Hybrid, model: onnx_format.ModelProto, windows: np.ndarr
     if hybrid.linear is not None:
         for name in weights:
             take_numbers(prompt.graph, name, matrices[name])
+    kept = {node.name for node in prompt.graph.node}
+    last_token = give_last_logits(prompt.graph, decode.graph, hybrid.name)
     for graph in (decode, prompt) if scales else ():
         store_as_int8(graph, scales)
-    kept = {node.name for node in prompt.graph.node}
-    return Graphs(decode, prompt, matrices, tuple(name for name in scheme.two_step if name in kept), scales)
+    return Graphs(decode, prompt, matrices, tuple(name for name in scheme.two_step if name in kept), last_token, scales)
 
 
 def same_numbers(quantised: onnx_format.ModelProto, name: str, block: int) -> Blocks:
@@ -183,24 +188,6 @@ def restore_tables(graph: onnx_format.GraphProto, tensors: dict[str, TensorProto
                 graph.initializer.append(tensors[name])
 
 
-def keep_cache_only(graph: onnx_format.GraphProto) -> None:
-    """Drop the logits and whatever leads to nothing else. An input or output that is left out has the empty name."""
-    kept = [output for output in graph.output if output.name != "logits"]
-    del graph.output[:]
-    graph.output.extend(kept)
-    producers = {output: node for node in graph.node for output in node.output}
-    reached, waiting = set(), [output.name for output in kept]
-    while waiting:
-        name = waiting.pop()
-        if name not in reached:
-            reached.add(name)
-            waiting += [given for given in producers[name].input if given] if name in producers else []
-    nodes = [node for node in graph.node if reached & set(node.output)]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    drop_unused_initializers(graph)
-
-
 def take_weights_out(graphs: Graphs, data: Path) -> list[dict]:
     """Write the weights of both graphs to ``data`` and have both refer to it; what the host has to make for the prompt graph.
 
@@ -235,14 +222,8 @@ def has_row_scales(blocks: Blocks) -> bool:
     return blocks.layout.bits == 8 and blocks.layout.symmetric and bool((blocks.scales == blocks.scales[:, :1]).all())
 
 
-def require_prompt(structure: Structure, products: int, artifact: str) -> None:
-    """GateError unless every layer that the prompt graph keeps runs as int8."""
+def require_prompt(structure: Structure, products: int, last_token: tuple[str, ...], artifact: str) -> None:
+    """GateError unless every layer of the prompt graph runs as int8, but for those of its last token, which run as in the decode graph."""
     require_no_float(structure, f"{artifact}, prompt graph")
     require_count(structure.int8_linear, products, "int8", f"{artifact}, prompt graph")
-
-
-def require_cache_alone(prompt: onnx_format.GraphProto, artifact: str) -> None:
-    """GateError where the prompt graph gives more than the cache: logits of every token of a prompt are time and memory for nothing."""
-    more = [value.name for value in prompt.output if not value.name.startswith("present.")]
-    if more:
-        raise GateError(f"{artifact}, prompt graph: it gives {', '.join(more)}, and only keys and values are wanted of it")
+    require_count(structure.block_linear, len(last_token), "weight-only", f"{artifact}, prompt graph")

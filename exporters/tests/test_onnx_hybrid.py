@@ -14,6 +14,7 @@ from device_tests.errors import DeviceTestError
 from device_tests.sessions import open_session as open_host
 from exporters import onnx_hybrid_int4, onnx_hybrid_int8
 from exporters.onnx_hybrid import GIVEN_BY_THE_HOST, as_int8, require_prompt
+from exporters.onnx_prompt_graph import LAST
 from exporters.onnx_qdq import linear_layers
 from exporters.onnx_session import empty_past, open_session, past_names, run_tokens
 from exporters.onnx_structure import Structure, structure_of
@@ -71,7 +72,7 @@ def test_prompts_and_steps_stay_near_the_fp32_graph(hybrid, exports, text, case,
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_host_makes_the_prompt_graphs_own_matrices(hybrid, variant, tmp_path):
-    """Against ONNX Runtime, which is given them inside the file: the same keys and values, bit by bit."""
+    """Against ONNX Runtime, which is given them inside the file: the same keys, values and logits, bit by bit."""
     artifact = read_artifact(hybrid(variant=variant))
     given = host.given_matrices(artifact.prompt)
     model = onnx.load(artifact.prompt.path, load_external_data=False)
@@ -88,8 +89,8 @@ def test_the_host_makes_the_prompt_graphs_own_matrices(hybrid, variant, tmp_path
     ids = np.arange(1, 13, dtype=np.int64)
     names = past_names(whole)
     feeds = {"input_ids": ids[None], "attention_mask": np.ones_like(ids)[None], **empty_past(whole, 1)}
-    expected = whole.run([name.replace("past_key_values", "present") for name in names], feeds)
-    session.prefill(np.append(ids, 1))
+    logits, *expected = whole.run(["logits", *(name.replace("past_key_values", "present") for name in names)], feeds)
+    assert logits.shape == (1, 1, artifact.interface.vocab_size) and np.array_equal(session.prefill(ids), logits[0, 0])
     for name, array in zip(names, expected, strict=True):
         cache = session._caches[name.removeprefix("past_key_values.")][0]
         assert np.array_equal(cache[:, :, : len(ids)], array), name
@@ -115,17 +116,27 @@ def test_weights_are_stored_once_and_the_prompt_graph_holds_none(hybrid, exports
     for graph in ("onnx_hybrid_int8.onnx", "onnx_hybrid_int8.prompt.onnx"):
         for tensor in onnx.load(hybrid().parent / graph, load_external_data=False).graph.initializer:
             assert len(tensor.raw_data) < 64 or tensor.data_location == TensorProto.EXTERNAL, tensor.name
-    # not in the prompt graph: the head, and behind the last keys and values o, gate, up and down
-    assert len(record["prompt"]["weights"]) == len(layers) - 5
+    # as in the decode graph, for the last token alone: behind the last keys and values o, gate, up and down, and the head
+    assert len(record["prompt"]["weights"]) == len(layers) - 5 and record["measured"]["prompt_last_token_layers"] == 5
     assert record["measured"]["linear_layers"] == len(layers)
 
 
 def test_the_decode_graph_is_whole_by_itself(hybrid, text):
     """Any runtime opens it without the prompt graph and feeds it prompts."""
     session, alone = open_host(hybrid(), "onnxruntime"), open_session(hybrid().with_suffix(".onnx"))
-    window = windows(text)[0][:6]  # as short as goes through the decode graph in both
-    logits = run_tokens(alone, window[None], empty_past(alone, 1))[0][0, -1]
-    np.testing.assert_allclose(session.prefill(window), logits, atol=1e-4)
+    window = windows(text)[0][:6]
+    logits = run_tokens(alone, window[None], empty_past(alone, 1))[0][0]
+    np.testing.assert_allclose(np.stack([session.step(int(token)).copy() for token in window]), logits, atol=1e-4)
+
+
+def test_a_prompt_goes_through_the_prompt_graph_however_short_it_is(hybrid, text):
+    """Token by token, as where all but the last come from a cache: the same answers as in one piece."""
+    session = open_host(hybrid(), "onnxruntime")
+    window = windows(text)[0][:12]
+    whole = session.prefill(window)
+    session.reset()
+    singly = [session.prefill(window[place : place + 1]) for place in range(len(window))]
+    np.testing.assert_allclose(singly[-1], whole, atol=2e-4 * np.ptp(whole))
 
 
 def test_chunks_and_one_prompt_give_the_same(hybrid, text, monkeypatch):
@@ -139,7 +150,32 @@ def test_chunks_and_one_prompt_give_the_same(hybrid, text, monkeypatch):
     session.prefill(window[:11])
     session.prefill(window[11:30])
     continued = np.stack([session.step(int(token)).copy() for token in window[30:]])
-    assert np.abs(continued - whole[1:]).max() < 0.05 * np.ptp(whole)  # token 11 went through the decode graph
+    np.testing.assert_allclose(continued, whole[1:], atol=2e-4 * np.ptp(whole))
+
+
+def test_a_prompt_s_last_logits_are_those_of_the_same_graph_over_all_its_tokens(hybrid, tmp_path):
+    """Taking the last token early changes nothing: the graph with the Slices taken out gives the same in its last row."""
+    artifact = read_artifact(hybrid())
+    model = onnx.load(artifact.prompt.path, load_external_data=False)
+    given = host.given_matrices(artifact.prompt)
+    for tensor in model.graph.initializer:
+        if tensor.name in given:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(given[tensor.name], tensor.name))
+    shutil.copy(artifact.prompt.data, tmp_path)
+    onnx.save(model, tmp_path / "last.onnx")
+    slices = [node for node in model.graph.node if LAST in node.input]
+    assert len(slices) == 2, "the attention's output and the residual stream"
+    for node in slices:
+        node.op_type = "Identity"
+        del node.input[1:]
+    model.graph.output[-1].type.tensor_type.shape.dim[1].dim_param = "sequence"
+    onnx.save(model, tmp_path / "all.onnx")
+    last, every = (open_session(tmp_path / name) for name in ("last.onnx", "all.onnx"))
+    ids = np.arange(1, 13)[None]
+    expected = run_tokens(every, ids, empty_past(every, 1))[0]
+    assert expected.shape == (1, 12, artifact.interface.vocab_size)
+    got = run_tokens(last, ids, empty_past(last, 1))[0]
+    np.testing.assert_allclose(got[0, 0], expected[0, -1], atol=1e-4 * np.ptp(expected))
 
 
 def test_a_prompt_graph_without_its_matrices_is_not_opened(hybrid):
@@ -221,6 +257,8 @@ def test_a_prompt_layer_that_is_float_fails_by_name(hybrid):
     structure = structure_of(hybrid().with_suffix(".onnx"))
     broken = Structure(("a",), (), ("b.weight",), (), (), structure.float_tables)
     with pytest.raises(GateError, match="prompt graph: 1 float products with a constant matrix.*b.weight"):
-        require_prompt(broken, 2, "onnx_hybrid_int8")
+        require_prompt(broken, 2, (), "onnx_hybrid_int8")
     with pytest.raises(GateError, match="1 int8 linear layers, expected 2"):
-        require_prompt(Structure(("a",), (), (), (), (), ()), 2, "onnx_hybrid_int8")
+        require_prompt(Structure(("a",), (), (), (), (), ()), 2, (), "onnx_hybrid_int8")
+    with pytest.raises(GateError, match="prompt graph: 0 weight-only linear layers, expected 1"):
+        require_prompt(Structure(("a",), (), (), (), (), ()), 1, ("head",), "onnx_hybrid_int8")

@@ -175,11 +175,11 @@ def test_fast_paths_with_an_int8_cache_are_the_slow_one(artifact, words, variant
     expected = whole.prefill(window[:30])
     other.prefill(window[:20])
     continued = other.prefill(window[20:30])
-    assert np.square(continued - expected).mean() < 5e-3 * np.square(expected).mean()
+    np.testing.assert_allclose(continued, expected, atol=1e-4 * np.ptp(expected))
     prompt_cache.save(tmp_path / "cache", whole, read_artifact(sidecar), window[:30])
     cached = open_host(sidecar, "onnxruntime")
     assert prompt_cache.load(tmp_path / "cache", cached, read_artifact(sidecar), window[:30]) == 29
-    np.testing.assert_allclose(cached.step(int(window[29])), expected, atol=1e-4 * np.ptp(expected))
+    np.testing.assert_allclose(cached.prefill(window[29:30]), expected, atol=1e-4 * np.ptp(expected))
     greedy = [int(expected.argmax())]
     while len(greedy) < 12:
         greedy.append(int(whole.step(greedy[-1]).argmax()))
@@ -205,7 +205,7 @@ def test_graphs_of_two_caches_are_no_pair(artifact):
     decode = open_host(artifact(kv_cache="float32"), "onnxruntime")._session
     with pytest.raises(ArtifactFailure, match="p: its KV cache is int8, the decode graph's is float32"):
         check_pair(decode, prompt, "p")
-    with pytest.raises(ArtifactFailure, match="p: it gives logits, which nobody reads"):
+    with pytest.raises(ArtifactFailure, match="p: beside the cache it gives logits .*, not the logits of the last token alone"):
         check_pair(decode, decode, "p")
 
 

@@ -17,6 +17,7 @@ from device_tests.onnx_model import open_model
 from exporters import onnx_export, onnx_hybrid, onnx_hybrid_int8, onnx_int8, onnx_qdq
 from exporters.onnx_calibration import Feeds, activation_ranges
 from exporters.onnx_mixed import require_mixed
+from exporters.onnx_prompt_graph import LAST, give_last_logits, keep_cache_only
 from exporters.onnx_qdq import Scheme, linear_layers, quantise
 from exporters.onnx_structure import require_cache_in_place, require_int8, structure_of
 from exporters.settings import OnnxHybridInt8Settings, OnnxInt8Settings
@@ -116,10 +117,33 @@ def test_the_ort_format_is_refused_where_artifacts_are_made_and_where_they_run(e
         open_model(artifact, onnxruntime, 1)
 
 
-def test_a_prompt_graph_that_computes_logits_fails_the_stage(exports, text, tmp_path, monkeypatch):
-    """Whether its head is float, or int8 like all else: a prompt would pay for every token's logits."""
+def test_a_prompt_graph_that_computes_logits_of_every_token_fails_the_stage(exports, text, tmp_path, monkeypatch):
+    """A prompt would pay for logits that nobody reads."""
+
+    def give_all_logits(prompt, decode, artifact):
+        taken = give_last_logits(prompt, decode, artifact)
+        start = next(tensor for tensor in prompt.initializer if tensor.name == LAST)
+        start.CopyFrom(onnx.numpy_helper.from_array(np.array([0], np.int64), LAST))
+        return taken
+
     settings = OnnxHybridInt8Settings(block=32, decode_steps=4, rounding="nearest", two_step_crest=None)
-    monkeypatch.setattr(onnx_hybrid, "keep_cache_only", lambda graph: None)
-    with pytest.raises(GateError, match="onnx_hybrid_int8, prompt graph: it gives logits"):
+    monkeypatch.setattr(onnx_hybrid, "give_last_logits", give_all_logits)
+    with pytest.raises(GateError, match="onnx_hybrid_int8, prompt graph: it gives logits of 20 tokens of a prompt, limit 1"):
         onnx_hybrid_int8.run(settings, tmp_path, onnx=exports["llama", True], text=text)
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_last_token_is_only_taken_where_tokens_lie_along_the_second_axis(exports):
+    """Elsewhere the Slice would take a head or a number, without an error."""
+    decode = onnx.load(exports["llama", True] / "onnx_fp32.onnx").graph
+    prompt = onnx.GraphProto()
+    prompt.CopyFrom(decode)
+    keep_cache_only(prompt)
+    [met] = [value for value in decode.value_info if value.name.startswith("GroupQueryAttention") and value.name in last_attention(decode)]
+    met.type.tensor_type.shape.dim.add().dim_value = 4
+    with pytest.raises(GateError, match=f"x, prompt graph: {met.name}, where the last token is taken, has sizes .*, not .batch"):
+        give_last_logits(prompt, decode, "x")
+
+
+def last_attention(graph):
+    return [node for node in graph.node if node.op_type == "GroupQueryAttention"][-1].output

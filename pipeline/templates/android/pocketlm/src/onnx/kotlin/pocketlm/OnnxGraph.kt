@@ -35,7 +35,7 @@ internal class Caches(artifact: Artifact, private val buffers: NativeBuffers) : 
         it["attention_mask"] = mask
     }
 
-    /** Everything that a graph writes: the caches themselves, and the logits where it gives them. */
+    /** Everything that a graph writes: the caches themselves, and the logits where they are wanted. */
     fun outputs(logits: OnnxTensor?): Map<String, OnnxTensor> =
         if (logits == null) present else presentAndLogits.also { it["logits"] = logits }
 
@@ -93,7 +93,7 @@ internal class Graph(file: File, sizes: Interface, asked: GraphOptions) : AutoCl
         }
     }
 
-    /** Appends [count] tokens [ids] `[1, count]` at [position]; [logits] `[1, count, vocab]` where the graph gives them. */
+    /** Appends [count] tokens [ids] `[1, count]` at [position]; [logits] `[1, n, vocab]`, of all of them or the last, where wanted. */
     fun run(ids: OnnxTensor, caches: Caches, position: Int, count: Int, logits: OnnxTensor? = null) {
         caches.mask(position + count).use { mask ->
             session.run(caches.inputs(ids, mask), emptySet(), caches.outputs(logits)).close()

@@ -33,15 +33,16 @@ internal class OnnxSession(files: ModelFiles, options: OpenOptions, private val 
 
     override fun prefill(ids: IntArray, pause: () -> Unit): FloatArray {
         check(ids)
-        if (prompt == null || ids.size <= SHORT_PROMPT_TOKENS) {
-            inChunks(ids, 0, ids.size, chunk, pause) { part -> withLogits(part) }
+        if (prompt == null) {
+            inChunks(ids, chunk, pause) { part -> withLogits(part) }
             return logits
         }
-        inChunks(ids, 0, ids.size - 1, CHUNK_TOKENS, pause) { part ->
-            idTensor(part).use { run { prompt.run(it, caches, position, part.size) } }
+        // however few they are: what a prompt gives does not depend on how much of it was fed before
+        inChunks(ids, CHUNK_TOKENS, pause) { part ->
+            idTensor(part).use { run { prompt.run(it, caches, position, part.size, stepLogitsTensor) } }
             position += part.size
         }
-        return step(ids.last())
+        return readStepLogits()
     }
 
     override fun step(id: Int): FloatArray {
@@ -49,8 +50,7 @@ internal class OnnxSession(files: ModelFiles, options: OpenOptions, private val 
         token.putLong(0, id.toLong())
         run { graph.run(tokenTensor, caches, position, 1, stepLogitsTensor) }
         position++
-        stepLogits.asFloatBuffer().get(logits)
-        return logits
+        return readStepLogits()
     }
 
     override fun rewind(position: Int) {
@@ -66,6 +66,8 @@ internal class OnnxSession(files: ModelFiles, options: OpenOptions, private val 
         buffers.free(stepLogits)
         buffers.free(token)
     }
+
+    private fun readStepLogits(): FloatArray = logits.also { stepLogits.asFloatBuffer().get(it) }
 
     /** Appends [part] and keeps the logits of its last token. */
     private fun withLogits(part: IntArray) {
@@ -90,14 +92,13 @@ internal class OnnxSession(files: ModelFiles, options: OpenOptions, private val 
     private companion object {
         const val CHUNK_TOKENS = 128 // of a prompt in one call: memory stays bounded, and larger chunks were no faster
         const val PROMPT_LOGITS_BYTES = 32 shl 20 // where the graph gives logits of every prompt token: fewer of a large vocabulary
-        const val SHORT_PROMPT_TOKENS = 8 // up to here the decode graph reads its weights once for all of them
     }
 }
 
-/** Calls [work] with [ids] from [begin] to [end] in chunks, and [pause] between them. */
-private inline fun inChunks(ids: IntArray, begin: Int, end: Int, chunk: Int, pause: () -> Unit, work: (IntArray) -> Unit) {
-    for (start in begin until end step chunk) {
-        if (start > begin) pause()
-        work(ids.copyOfRange(start, minOf(start + chunk, end)))
+/** Calls [work] with [ids] in chunks, and [pause] between them. */
+private inline fun inChunks(ids: IntArray, chunk: Int, pause: () -> Unit, work: (IntArray) -> Unit) {
+    for (start in ids.indices step chunk) {
+        if (start > 0) pause()
+        work(ids.copyOfRange(start, minOf(start + chunk, ids.size)))
     }
 }

@@ -11,7 +11,9 @@ internal class PromptSession private constructor(
     private val buffers: NativeBuffers,
 ) : AutoCloseable {
 
-    fun run(ids: OnnxTensor, caches: Caches, position: Int, count: Int) = graph.run(ids, caches, position, count)
+    /** Appends [count] tokens; [logits] `[1, 1, vocab]` after the last of them. */
+    fun run(ids: OnnxTensor, caches: Caches, position: Int, count: Int, logits: OnnxTensor) =
+        graph.run(ids, caches, position, count, logits)
 
     override fun close() {
         graph.close()
