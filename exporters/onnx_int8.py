@@ -19,7 +19,7 @@ from exporters.onnx_kv_cache import cache_bytes_per_token, described_tensors, kv
 from exporters.onnx_mixed import Form, forms_to_try, layers_to_leave, mixed, named_layers, require_mixed
 from exporters.onnx_qdq import Scheme, bits_per_weight, linear_layers, numbers_in, quantise
 from exporters.onnx_rounding import compensate
-from exporters.onnx_sensitivity import Sensitivity, Switched, sensitivity
+from exporters.onnx_sensitivity import Switched, sensitivity
 from exporters.onnx_structure import Structure, structure_of
 from exporters.settings import OnnxInt8Settings, StaticInt8Settings
 from exporters.targets import Targets
@@ -52,11 +52,16 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
         return bool(targets.missed(tried[-1][1]))
 
     all_int8_missed = missed(dict.fromkeys(kept_float, "float"))
-    costs, ranking, left = None, [], ()
-    if all_int8_missed or fp32_bytes <= settings.sensitivity_up_to_mb * 1e6:
+    costs, reasons, left = None, {}, ()
+    each_alone = fp32_bytes <= settings.sensitivity_up_to_mb * 1e6
+    if all_int8_missed or each_alone:
         switched = Switched(onnx_format.load(source), quantised, windows)
-        costs = sensitivity(switched, settings.sensitivity_windows)
-        ranking = [cost.name for cost in costs.layers if cost.name not in kept_float]
+        if each_alone:
+            costs = sensitivity(switched, settings.sensitivity_windows)
+            reasons = {cost.name: f"as int8 it alone costs a KL of {cost.kl:.2e}" for cost in costs.layers}
+        else:
+            reasons = {error.name: f"its own output is off by {error.share:.1e} as int8 (squared)" for error in switched.local_errors()}
+        ranking = [name for name in reasons if name not in kept_float]
         left = layers_to_leave(switched, ranking, targets) if all_int8_missed else ()
         del switched  # two models in one
     if all_int8_missed:
@@ -79,7 +84,7 @@ def run(settings: OnnxInt8Settings, out: Path, onnx: Path, text: Path) -> None:
         settings=settings,
         measured={
             "bits_per_weight": bits_per_weight(onnx_format.load(path).graph, numbers),
-            **describe(structure, two_step, forms, costs),
+            **describe(structure, two_step, forms, reasons),
             "kv_cache_bytes_per_token": cache_bytes_per_token(tensors),
             "activations_zero_on_the_text": [name for name, found in scheme.ranges.items() if found.low == found.high == 0],
             "against_fp32": asdict(agreement),
@@ -124,10 +129,12 @@ def two_step_layers(layers: dict[str, str], ranges: dict[str, Range], crest: flo
     return tuple(name for name, value in layers.items() if crest is not None and ranges[value].crest > crest)
 
 
-def describe(structure: Structure, two_step: list[str], forms: dict[str, Form], costs: Sensitivity | None) -> dict:
-    """int8 coverage as found on the optimised graph; a layer of two steps is two products and counts once."""
+def describe(structure: Structure, two_step: list[str], forms: dict[str, Form], reasons: dict[str, str]) -> dict:
+    """int8 coverage as found on the optimised graph; a layer of two steps is two products and counts once.
+
+    ``reasons`` say of a layer why it left int8; one that has none was asked for.
+    """
     int8 = len(structure.int8_linear) - len(two_step)
-    alone = {cost.name: f"as int8 it alone costs a KL of {cost.kl:.2e}" for cost in costs.layers} if costs else {}
     position_tables = [{"name": name, "why": "position table: looked up, not multiplied"} for name in structure.float_tables]
     return {
         "linear_layers": int8 + len(structure.block_linear) + len(structure.float_linear),
@@ -135,7 +142,7 @@ def describe(structure: Structure, two_step: list[str], forms: dict[str, Form], 
         "two_step_layers": two_step,
         "embedding_int8": not structure.float_embeddings,
         "not_int8": position_tables
-        + [{"name": name, "why": f"{form}: {alone.get(name, 'asked for by keep_float')}"} for name, form in forms.items()],
+        + [{"name": name, "why": f"{form}: {reasons.get(name, 'asked for by keep_float')}"} for name, form in forms.items()],
         "dequantised_weights": len(structure.dequantised_weights),
     }
 

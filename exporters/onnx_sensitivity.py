@@ -3,6 +3,9 @@
 One graph holds every layer twice, as float and as int8, with a switch for each: ``float + switch * (int8 - float)``. One
 session of it answers every question of the kind "what if only these were int8", without quantising anything again. Used also
 to find which layers have to leave int8, because that is the same question.
+
+One run of the whole model for every layer is too much where both are large. There the layers are ranked by what one run tells of all
+of them: how far each layer's int8 output is from its float output, given the same float input.
 """
 
 from collections.abc import Iterable
@@ -31,6 +34,14 @@ class Cost:
     name: str
     kl: float
     top1: float
+
+
+@dataclass(frozen=True)
+class LocalError:
+    """The squared error of a layer's own int8 output over the squared output: one over its signal-to-noise ratio."""
+
+    name: str
+    share: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,18 @@ class Switched:
         )
         return agreement_of(pairs, windows)
 
+    def local_errors(self) -> tuple[LocalError, ...]:
+        """Every layer's own error over all windows, largest first, while all run in float."""
+        wanted = [part(name) for name in self.names for part in (noise_of, signal_of)]
+        switches = {switch_of(name): OFF for name in self.names}
+        sums = np.zeros(len(wanted))
+        for window in self.windows:
+            sums += self.session.run(wanted, feed(window[None], empty_past(self.session, 1)) | switches)
+        noise, signal = sums.reshape(-1, 2).T
+        shares = np.divide(noise, signal, out=np.zeros_like(noise), where=signal > 0)
+        errors = (LocalError(name, float(share)) for name, share in zip(self.names, shares, strict=True))
+        return tuple(sorted(errors, key=lambda error: (-error.share, error.name)))
+
     def _logits(self, window: np.ndarray, int8: frozenset[str]) -> np.ndarray:
         """float32 ``[tokens - 1, vocab]``, of what follows each token but the last."""
         switches = {switch_of(name): ON if name in int8 else OFF for name in self.names}
@@ -92,6 +115,16 @@ def switch_of(name: str) -> str:
     return f"int8.{name}"
 
 
+def noise_of(name: str) -> str:
+    """The graph output, a float32 scalar, with the sum of squares of the layer's int8 output less its float output."""
+    return f"noise.{name}"
+
+
+def signal_of(name: str) -> str:
+    """The graph output, a float32 scalar, with the sum of squares of the layer's float output."""
+    return f"signal.{name}"
+
+
 def add_switches(quantised: onnx.GraphProto, model: onnx.GraphProto) -> tuple[str, ...]:
     """Put the float layers of ``model`` beside their int8 forms in ``quantised``. Returns what can be switched."""
     originals = {node.name: node for node in model.node}
@@ -103,6 +136,8 @@ def add_switches(quantised: onnx.GraphProto, model: onnx.GraphProto) -> tuple[st
         _switch(quantised, nodes, EMBEDDING)
     names = (*layers, *([EMBEDDING] if embeddings else []))
     quantised.input.extend(helper.make_tensor_value_info(switch_of(name), TensorProto.FLOAT, []) for name in names)
+    sums = [part(name) for name in names for part in (noise_of, signal_of)]
+    quantised.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in sums)
     constants = {tensor.name: tensor for tensor in model.initializer}
     present = {tensor.name for tensor in quantised.initializer}
     wanted = {value for node in quantised.node for value in node.input} & constants.keys() - present
@@ -144,6 +179,8 @@ def _switch(graph: onnx.GraphProto, float_nodes: list[NodeProto], name: str) -> 
         helper.make_node("Sub", [f"{stem}.int8", kept], [f"{stem}.error"], f"{stem}.error"),
         helper.make_node("Mul", [f"{stem}.error", switch_of(name)], [f"{stem}.chosen"], f"{stem}.chosen"),
         helper.make_node("Add", [kept, f"{stem}.chosen"], [output], f"{stem}.sum"),
+        helper.make_node("ReduceSumSquare", [f"{stem}.error"], [noise_of(name)], f"{stem}.noise", keepdims=0),
+        helper.make_node("ReduceSumSquare", [kept], [signal_of(name)], f"{stem}.signal", keepdims=0),
     ]
     for offset, node in enumerate(nodes):
         graph.node.insert(position + offset, node)

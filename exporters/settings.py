@@ -60,8 +60,8 @@ class OnnxInt8Settings(MixedPrecisionSettings, StaticInt8Settings):
     sensitivity_up_to_mb: float = Field(
         250.0,
         ge=0,
-        description="fp32 models up to this size (10^6 bytes) always have each layer measured alone; larger ones, since it takes five"
-        " times their size in memory, only where mixed precision has to choose",
+        description="fp32 models up to this size (10^6 bytes) have each layer measured alone, which takes a run of the model for each;"
+        " in larger ones mixed precision chooses by the error of each layer's own output",
     )
 
 

@@ -35,14 +35,15 @@ def recommended(manifest: Manifest, form: str) -> Artifact | None:
 
 
 def signatures(artifact: Artifact) -> dict[str, int]:
-    """Tokens of one call of each signature of a TFLite file."""
+    """Tokens of one call of each signature of a TFLite file, fewest first."""
     tokens = {name: [tensor for tensor in sides["inputs"] if tensor["name"] == "tokens"] for name, sides in artifact.tensors.items()}
-    return {name: found[0]["shape"][-1] for name, found in sorted(tokens.items()) if found}
+    sizes = {name: found[0]["shape"][-1] for name, found in tokens.items() if found}
+    return dict(sorted(sizes.items(), key=lambda entry: entry[1]))
 
 
 def shown_signatures(artifact: Artifact) -> list[str]:
     """The signature for single tokens, and one of those for prompts: the others differ in one size."""
-    return sorted(artifact.tensors)[:2]
+    return list(signatures(artifact))[:2]
 
 
 def agreements(manifest: Manifest) -> dict[str, float]:

@@ -67,7 +67,10 @@ def test_a_ruined_layer_is_found_and_leaving_it_mends_the_file(made, text, tmp_p
     scale.CopyFrom(onnx.numpy_helper.from_array(8 * onnx.numpy_helper.to_array(scale), scale.name))
     switched = Switched(model, ruined, windows)
     ranking = [cost.name for cost in sensitivity(switched, windows=2).layers]
-    assert ranking[0] == victim
+    errors = switched.local_errors()
+    assert ranking[0] == errors[0].name == victim
+    assert errors[0].share == pytest.approx(7**2, rel=0.1)  # 8 times the output in place of it
+    assert {error.name for error in errors} == set(switched.names) and errors[1].share < 0.02
     healthy = compare(source, saved(quantised, tmp_path / "int8.onnx"), windows, "int8")
     targets = Targets(healthy.top1 - 0.1, None)
     assert layers_to_leave(switched, ranking, targets) == (victim,)
@@ -114,14 +117,17 @@ def test_without_mixed_precision_everything_stays_int8(made, text, tmp_path):
 
 
 @pytest.mark.parametrize("least_top1", [None, 1.0])
-def test_a_larger_model_has_its_layers_measured_only_where_mixed_precision_must_choose(made, text, tmp_path, least_top1):
+def test_in_a_larger_model_mixed_precision_chooses_by_what_one_run_tells_of_all_layers(made, text, tmp_path, least_top1):
     source, model, *_ = made
     settings = OnnxInt8Settings(**PLAIN, least_top1=least_top1, sensitivity_up_to_mb=0)
     onnx_int8.run(settings, tmp_path, onnx=source.parent, text=text)
     measured = json.loads((tmp_path / "onnx_static_int8.json").read_text())["measured"]
     missed = bool(measured["mixed_precision"]["trials"][0]["missed"])
-    assert missed == (least_top1 is not None) == ("sensitivity" in measured)
+    assert missed == (least_top1 is not None) and "sensitivity" not in measured
     assert (measured["int8_linear_layers"] < measured["linear_layers"] or not measured["embedding_int8"]) == missed
+    left = [entry["why"] for entry in measured["not_int8"] if "position table" not in entry["why"]]
+    assert bool(left) == missed and all("its own output is off by" in why for why in left)
+    assert not measured["mixed_precision"]["trials"][-1]["missed"]
 
 
 def test_a_pattern_that_names_nothing_is_refused(made):
