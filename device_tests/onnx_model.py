@@ -9,7 +9,7 @@ from device_tests.artifact import Artifact
 from device_tests.errors import ArtifactFailure
 from device_tests.onnx_hybrid import HybridSession, given_values, open_hybrid
 from device_tests.onnx_session import OnnxSession, cache_names
-from device_tests.process_memory import collapse, full_ranges, give_back
+from device_tests.process_memory import collapse, forget_pages, full_ranges, give_back
 
 ORT_FORMAT = b"ORTM"  # after the first four bytes
 
@@ -71,6 +71,7 @@ class Opener:
         if differing:
             raise ArtifactFailure(f"{path.name}: inputs differ from the contract in {', '.join(sorted(differing)[:3])}")
         give_back()
+        forget_pages(self.artifact.path.parent)
         if path == self.artifact.path and save_as is None:  # not a prompt graph, which reads its weights once for many tokens
             collapse(full_ranges() - before)
         return session

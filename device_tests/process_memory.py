@@ -15,7 +15,7 @@ import struct
 import time
 from pathlib import Path
 
-MADV_COLLAPSE = 25
+MADV_DONTNEED, MADV_COLLAPSE = 4, 25
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 PRESENT = 1 << 63  # of an entry of /proc/self/pagemap, one per small page
 FULL = 0.9  # of a huge page that must be in use already: the rest is what the process grows by
@@ -60,6 +60,33 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+def forget_pages(folder: Path) -> int:
+    """Have the process hold no page of the files that it maps out of ``folder``, as long as nobody reads them again; bytes. Linux only.
+
+    What a runtime read once to pack its weights stays in the process for good otherwise. The file's own pages stay in the system's
+    cache. A mapping with a page that was written, which would be lost, is left alone.
+    """
+    done, mapping = 0, None
+    begin = f"{folder.resolve()}/"
+    try:
+        lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux, or a kernel without it
+        return 0
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    held = 0
+    for line in lines:
+        name, *values = line.split(maxsplit=5)
+        if not name.endswith(":"):  # the line that opens a mapping: addresses, rights, offset, device, inode, path
+            start, end = (int(address, 16) for address in name.split("-"))
+            mapping = (start, end - start) if len(values) == 5 and values[4].startswith(begin) else None
+        elif name == "Rss:":
+            held = int(values[0]) * 1024
+        elif name == "Anonymous:" and mapping and held and values[0] == "0":
+            done += held if advise(*mapping, MADV_DONTNEED) == 0 else 0
+    return done
 
 
 def huge_page_bytes() -> int:

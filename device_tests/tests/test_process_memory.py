@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from device_tests import process_memory
-from device_tests.process_memory import collapse, full_ranges, give_back, huge_page_bytes
+from device_tests.process_memory import collapse, forget_pages, full_ranges, give_back, huge_page_bytes
 
 SIZE = huge_page_bytes()
 linux = pytest.mark.skipif(not SIZE, reason="this system has no huge pages to ask for")
@@ -67,3 +67,30 @@ def test_freed_memory_goes_back_to_the_system():
 def anonymous_bytes():
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in status if line.startswith("RssAnon:")))
+
+
+def resident(path):
+    """kB of ``path`` that this process holds."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    mine = [index for index, line in enumerate(lines) if line.endswith(str(path))]
+    return sum(int(next(line for line in lines[index:] if line.startswith("Rss:")).split()[1]) for index in mine)
+
+
+@linux
+def test_pages_of_mapped_files_are_forgotten_but_for_those_that_were_written(tmp_path):
+    """Read again they are as before; other folders' files, and what was changed in memory, stay."""
+    (tmp_path / "other").mkdir()
+    maps = {}
+    for name in ("read", "written", "other/read"):
+        (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(64 * mmap.PAGESIZE))
+        with (tmp_path / name).open("rb") as file:
+            maps[name] = np.frombuffer(mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE), np.uint8)
+    expected = int(maps["read"].sum(dtype=np.int64))
+    assert int(maps["other/read"].sum(dtype=np.int64)) == int(maps["written"].sum(dtype=np.int64)) == expected
+    maps["written"][5] ^= 255
+    changed = int(maps["written"][5])
+    assert forget_pages(tmp_path / "other") == 64 * mmap.PAGESIZE
+    assert resident(tmp_path / "other" / "read") == 0 < resident(tmp_path / "read")
+    assert forget_pages(tmp_path) >= 64 * mmap.PAGESIZE
+    assert resident(tmp_path / "read") == 0 < resident(tmp_path / "written")
+    assert int(maps["read"].sum(dtype=np.int64)) == expected and maps["written"][5] == changed
