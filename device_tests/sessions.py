@@ -83,7 +83,7 @@ def open_artifact(artifact: Artifact, runtime: str, threads: int, packed: Path |
     if packed is None:
         return module.open_model(artifact, importlib.import_module(library), threads)
     if form != "onnx":
-        raise DeviceTestError(f"{runtime} cannot keep packed weights in a folder; leave out --packed, or give --runtime onnxruntime")
+        raise DeviceTestError(f"{runtime} cannot keep packed weights in a folder, ONNX Runtime alone can; leave out --packed")
     return module.open_model(artifact, importlib.import_module(library), threads, packed)
 
 

@@ -3,6 +3,7 @@
 Its signatures are ``decode`` and, for each length N that a call of a prompt may have, ``prefill_N``. All read the same weights.
 """
 
+import gc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,6 +57,9 @@ def run(settings: TfliteSettings, out: Path, model: Path, text: Path) -> None:
     expected = {size: reference_logits(decoder, feeds[size]) for size in prefill_tokens}
     path = out / f"{NAME}.tflite"
     convert(decoder, shape, prefill_tokens, context_tokens, path)
+    del decoder  # as large as what is read now
+    gc.collect()
+    edit(path)
     graph = read_model(path)
     found = operators(graph)
     check_loadable(found, NAME)
@@ -63,6 +67,8 @@ def run(settings: TfliteSettings, out: Path, model: Path, text: Path) -> None:
     check_shared(found, NAME)
     check_cache_reads(found, input_indices(graph), NAME)
     check_last_row(found, NAME)
+    tensors, constants = tensor_contract(graph), constant_bytes(graph)
+    del graph  # the runtimes need room for it now
     parity = [check_parity(path, prefill_name(size), feeds[size], expected[size], settings.max_abs_diff) for size in prefill_tokens]
     measured = {
         "parity": {runtime: asdict(Parity.worst([found[runtime] for found in parity])) for runtime in RUNTIMES},
@@ -78,10 +84,10 @@ def run(settings: TfliteSettings, out: Path, model: Path, text: Path) -> None:
         "tflite",
         files=[path],
         interface=interface,
-        tensors=tensor_contract(graph),
+        tensors=tensors,
         parent=checkpoint_sha256(model),
         settings=settings,
-        measured=measured | {"operators": operator_counts(found), "constant_bytes": constant_bytes(graph)},
+        measured=measured | {"operators": operator_counts(found), "constant_bytes": constants},
         libraries=LIBRARIES,
     )
 
@@ -99,10 +105,15 @@ def convert(model: PreTrainedModel, shape: ModelShape, prefill_tokens: list[int]
     for size in prefill_tokens:
         chunk = sample_inputs(signature_shape(shape, size, context_tokens), with_last=True)
         converter = converter.signature(prefill_name(size), module, sample_kwargs=chunk)
-    converter.convert().export(str(path))
+    # Constants stay outside the graph while it is worked on: else the weights would be in memory several times more.
+    converter.convert(lightweight_conversion=True, runtime_constant_folding=False).export(str(path))
     for hook in hooks:
         hook.remove()
     model.set_attn_implementation(kept)
+
+
+def edit(path: Path) -> None:
+    """Rewrite what the converter wrote as hosts want it."""
     graph = read_model(path)
     read_cache_in_place(graph)
     decode_first(graph)

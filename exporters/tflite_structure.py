@@ -14,6 +14,7 @@ from ai_edge_litert import schema_py_generated as schema
 from models.errors import GateError
 
 FILE_IDENTIFIER = b"TFL3"
+GRAPH_BYTES = 2**24  # of a file, beside its constants, that are expected; more than that only takes longer
 # Highest version of each operator that tflite-runtime 2.14.0 registers, found by asking it for them one by one. Operators that
 # decoders do not use are left out; an operator that is missing here fails the export by name instead of failing on the device.
 TFLITE_RUNTIME_2_14 = {
@@ -72,9 +73,11 @@ def read_model(path: Path) -> schema.ModelT:
 
 def write_model(model: schema.ModelT, path: Path) -> None:
     """Serialise; the same objects give the same bytes."""
-    builder = flatbuffers.Builder(1024)
+    constants = sum(len(buffer.data) for buffer in model.buffers if buffer.data is not None)
+    builder = flatbuffers.Builder(min(constants + GRAPH_BYTES, flatbuffers.Builder.MAX_BUFFER_SIZE))  # one that grows is copied
     builder.Finish(model.Pack(builder), FILE_IDENTIFIER)
-    path.write_bytes(builder.Output())
+    with path.open("wb") as file:
+        file.write(memoryview(builder.Bytes)[builder.Head() :])  # Output() would be a copy
 
 
 def operators(model: schema.ModelT) -> list[Operator]:

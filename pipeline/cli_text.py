@@ -35,6 +35,7 @@ def generate(
     prompt_cache: Annotated[Path | None, typer.Option(help="file that keeps what was computed: common beginnings are reused")] = None,
     draft: Annotated[Path | None, typer.Option(help="bundle of a pruned sibling that goes ahead; the greedy text stays the same")] = None,
     ahead: Annotated[int, typer.Option(help="tokens that the draft goes ahead")] = 4,
+    packed: Annotated[Path | None, typer.Option(help="folder for the weights of an ONNX model as this machine's kernels want them")] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Stream text from a bundle's model in the terminal; speed and memory follow on standard error. Ctrl-C ends it (exit code 130)."""
@@ -46,7 +47,7 @@ def generate(
 
     options = GenerateOptions(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, threads=threads, stop=tuple(stop or ()),
-        artifact=artifact, echo=not as_json, prompt_cache=prompt_cache, draft=draft, ahead=ahead,
+        artifact=artifact, echo=not as_json, prompt_cache=prompt_cache, draft=draft, ahead=ahead, packed=packed,
     )  # fmt: skip
     made = generation.generate(path, runtime, prompt_text(prompt), options, io.StringIO() if as_json else sys.stdout)
     if as_json:

@@ -40,7 +40,7 @@ def generate(bundle: Path, runtime: str, prompt: str, options: GenerateOptions, 
             exported = read_artifact(folder / artifact.sidecar)
             with library_output.to_log():
                 import_runtime(RUNTIMES[runtime][0])
-                session = open_artifact(exported, RUNTIMES[runtime][0], options.threads)
+                session = open_artifact(exported, RUNTIMES[runtime][0], options.threads, options.packed)
             reused = prompt_cache.load(options.prompt_cache, session, exported, ids) if options.prompt_cache else 0
             chooser = OneByOne(session, options)
             if options.draft:
@@ -73,7 +73,7 @@ def draft_session(options: GenerateOptions, runtime: str, tokenizer_file: Path) 
         if (folder / manifest.tokenizer.file).read_bytes() != tokenizer_file.read_bytes():
             raise UserError(f"--draft {options.draft}: its tokenizer is another one; give a bundle of a pruned sibling of the same model")
         artifact = chosen_artifact(manifest, runtime, None)
-        return open_session(folder / artifact.sidecar, RUNTIMES[runtime][0], options.threads)
+        return open_session(folder / artifact.sidecar, RUNTIMES[runtime][0], options.threads, options.packed)
 
 
 def chosen_artifact(manifest: Manifest, runtime: str, name: str | None) -> Artifact:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from device_tests.devices import DRIVERS, check_address
-from device_tests.devices.campaign import LOCAL, Limits, Outcome, Plan, run_everywhere
+from device_tests.devices.campaign import Limits, Outcome, Plan, run_everywhere
 from device_tests.devices.job import Job, Run
 from device_tests.gates import Gates as DeviceGates
 from device_tests.sessions import RUNTIMES
@@ -15,7 +15,6 @@ from pipeline.settings import DeviceSettings
 from pipeline.stages import stages_of
 from pipeline.verify import bundle_folder
 
-RUN_ENDED, ROUND_BEGINS = ("passed", "FAILED"), "timing round "  # as device_tests.devices.campaign tells them
 NAMED_LAYERS = 3  # in the line of a failed gate
 
 
@@ -45,25 +44,9 @@ def measure(recipe: Recipe, folders: dict[str, Path], work: Path, tell: Callable
 
 
 def run_with_bar(jobs: list[Job], plan: Plan, tell: Callable[[str, str], None]) -> Outcome:
-    """Every job on every device, with a bar of the runs that are done, which it reads off the lines that are told."""
-    timed = sum(is_timed(address) for address in plan.devices)
-    with meter("measuring", len(jobs) * (len(plan.devices) + timed * (plan.rounds - 1))) as move_on:
-        begun = set()
-
-        def heard(name: str, state: str) -> None:
-            tell(name, state)
-            if state in RUN_ENDED:
-                move_on(1)
-            elif state.startswith(ROUND_BEGINS):
-                move_on(len(jobs) if name in begun else 0)  # what ended is the round before, and the first one ended run by run
-                begun.add(name)
-
-        return run_everywhere(jobs, plan, heard)
-
-
-def is_timed(address: str) -> bool:
-    """Whether a device is a real one, on which runs are timed in rounds."""
-    return address == LOCAL or "://" in address
+    """Every job on every device, with a bar of the runs that are done."""
+    with meter("measuring", plan.runs(len(jobs))) as move_on:
+        return run_everywhere(jobs, plan, tell, lambda: move_on(1))
 
 
 def check_devices(recipe: Recipe) -> None:

@@ -24,7 +24,7 @@ class GenerateOptions:
     """How text is drawn. ``temperature`` 0 takes the most likely token; ``top_k`` 0 and ``top_p`` 1 cut nothing off.
 
     ``stop``: texts before which the answer ends. ``prompt_cache``: a file that keeps what was computed for the prompt. ``draft``: a
-    bundle of a pruned sibling that goes ``ahead`` by so many tokens.
+    bundle of a pruned sibling that goes ``ahead`` by so many tokens. ``packed``: a folder that keeps packed weights.
     """
 
     max_tokens: int = 128
@@ -39,6 +39,7 @@ class GenerateOptions:
     prompt_cache: Path | None = None
     draft: Path | None = None
     ahead: int = 4
+    packed: Path | None = None
 
     @property
     def sampling(self) -> Sampling:

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -49,6 +50,11 @@ class Plan:
     limits: Limits = Limits()
     work: Path = WORK
 
+    def runs(self, jobs: int) -> int:
+        """How many runs so many jobs are where no device is missing: rounds are for real devices, which are timed."""
+        timed = sum(address == LOCAL or "://" in address for address in self.devices)
+        return jobs * (len(self.devices) + timed * (self.rounds - 1))
+
 
 @dataclass
 class Outcome:
@@ -62,10 +68,11 @@ class Outcome:
     skipped: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run_everywhere(jobs: list[Job], plan: Plan, tell: Tell) -> Outcome:
+def run_everywhere(jobs: list[Job], plan: Plan, tell: Tell, ran: Callable[[], None] = lambda: None) -> Outcome:
     """Every job on every device. A device that cannot be used, or is lost, is in ``skipped`` with the reason.
 
-    DeviceTestError, before anything runs, for an address that is a person's mistake.
+    ``ran`` is called after each of the plan's runs, from several threads on an emulated device. DeviceTestError, before anything
+    runs, for an address that is a person's mistake.
     """
     outcome = Outcome()
     for address in plan.devices:
@@ -76,7 +83,7 @@ def run_everywhere(jobs: list[Job], plan: Plan, tell: Tell) -> Outcome:
             try:
                 with open_device(address, tell, plan.work) as device:
                     outcome.boards[device.name] = device.board
-                    run_on(device, jobs, plan, expected, outcome, tell)
+                    run_on(device, jobs, plan, expected, outcome, tell, ran)
             except DeviceUnavailable as error:
                 reason = " ".join(str(error).split())
                 outcome.skipped.append({"device": address, "runtime": None, "reason": reason})
@@ -84,7 +91,9 @@ def run_everywhere(jobs: list[Job], plan: Plan, tell: Tell) -> Outcome:
     return outcome
 
 
-def run_on(device: Device, jobs: list[Job], plan: Plan, expected: dict[Job, Path], outcome: Outcome, tell: Tell) -> None:
+def run_on(
+    device: Device, jobs: list[Job], plan: Plan, expected: dict[Job, Path], outcome: Outcome, tell: Tell, ran: Callable[[], None]
+) -> None:
     """All jobs on one open device; results are kept as they come, so that a device that is lost loses only what was not done."""
     wanted = [job for job in jobs if job.run.runtime not in device.missing]
     for runtime in dict.fromkeys(job.run.runtime for job in jobs if job not in wanted):
@@ -92,7 +101,9 @@ def run_on(device: Device, jobs: list[Job], plan: Plan, expected: dict[Job, Path
         tell(device.name, f"{runtime} skipped: {device.missing[runtime]}")
 
     def once(job: Job) -> dict[str, Any]:
-        return judged(device, job, plan, expected[job], tell)
+        result = judged(device, job, plan, expected[job], tell)
+        ran()
+        return result
 
     if device.emulated:  # nothing is timed there, so nothing is disturbed
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -107,6 +118,7 @@ def run_on(device: Device, jobs: list[Job], plan: Plan, expected: dict[Job, Path
         for place, job in enumerate(wanted):
             if rounds[place][0]["device"]["decode_tokens_per_s"]:
                 rounds[place].append(told_of(device, device.run(timing_only(job).with_threads(device.threads)), job))
+            ran()
     outcome.results[first:] = [merged(results) for results in rounds]
 
 

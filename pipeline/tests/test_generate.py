@@ -274,6 +274,16 @@ def test_a_draft_leaves_greedy_text_as_it_is(bundle):
         run(bundle, draft=bundle.folder, temperature=0.5)
 
 
+def test_packed_weights_are_kept_in_a_folder_and_change_no_text(bundle, tmp_path):
+    packed = tmp_path / "packed"
+    first, again = (run(bundle, "def f(x):", max_tokens=8, packed=packed) for _ in range(2))
+    assert first.text == again.text == run(bundle, "def f(x):", max_tokens=8).text
+    [place] = packed.iterdir()
+    assert place.name.startswith(f"{first.artifact}-") and list(place.glob("*.data"))
+    with pytest.raises(UserError, match="litert cannot keep packed weights in a folder.*leave out --packed"):
+        run(bundle, "def f(x):", runtime="litert", packed=packed)
+
+
 def test_a_prompt_is_not_computed_twice(bundle, tmp_path):
     cache = tmp_path / "prompt.npz"
     first = run(bundle, "def f(x):", max_tokens=8, prompt_cache=cache)

@@ -68,7 +68,9 @@ def devices(monkeypatch):
 def test_an_emulated_device_is_not_timed_and_scores_few_windows(job, devices):
     asked = []
     devices["other"] = Other(ask=lambda job: asked.append(job.run))
-    outcome = run_everywhere([job], Plan(("other", "local"), rounds=3, emulated_windows=2), silent)
+    plan, ended = Plan(("other", "local"), rounds=3, emulated_windows=2), []
+    outcome = run_everywhere([job], plan, silent, lambda: ended.append(1))
+    assert len(ended) == plan.runs(1) == 4
     here, there = (result["device"] for result in outcome.results)
     assert [run.timing for run in asked] == [False] and asked[0].windows == 2 and not asked[0].quality
     assert there["emulated"] and there["first_token_ms"] is None and outcome.results[1]["quality"] is None
