@@ -261,6 +261,18 @@ def test_wrong_recipes_are_named(float_folder, text_folder, tmp_path, pattern, g
         check_coverage(operators(read_model(broken)), Expected(found), "tflite_static_int8")
 
 
+def test_the_file_is_that_of_the_quantizer_s_own_class(float_folder, text_folder, tmp_path, monkeypatch):
+    """What ours leaves out of it is a check, which the library still has under that name, and no byte depends on it."""
+    assert "_ensure_model_qsv_sufficient" in vars(quantizer.Quantizer)
+    parent, windows = float_folder / "tflite_fp32.tflite", np.load(text_folder / "calibration.npy")
+    prepared = tflite_int8.prepare(TfliteInt8Settings(), parent, windows, tmp_path / "equalised.tflite")
+    paths = [tmp_path / name for name in ("ours.tflite", "theirs.tflite")]
+    tflite_int8.write(prepared, (), paths[0])
+    monkeypatch.setattr(tflite_int8, "Quantizer", quantizer.Quantizer)
+    tflite_int8.write(prepared, (), paths[1])
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
 def test_calibration_streams_windows(float_folder, text_folder):
     """Windows are taken one at a time, ranges only widen, and the sample of logits stays bounded."""
     path = float_folder / "tflite_fp32.tflite"

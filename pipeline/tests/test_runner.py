@@ -1,5 +1,6 @@
 """The runner: content decides what runs, a result is whole or absent, a failure leaves nothing but its log."""
 
+import ctypes
 import json
 import os
 import signal
@@ -185,3 +186,23 @@ def test_record_holds_the_parts_that_made_the_key(tmp_path):
     folders, _, _ = run(tmp_path)
     record = json.loads((folders["first"] / runner.RECORD).read_text())
     assert fingerprint.key_of(ROAD[0], record["parts"]) == record["key"] == folders["first"].name
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc keeps what it is given back")
+def test_a_stage_that_holds_large_matrices_gives_them_back():
+    """Every second of 100 blocks is freed, after a larger one that has the C library keep what is freed from then on."""
+    program = """
+import numpy as np
+from pipeline.stage_process import return_large_blocks
+{call}
+first = np.ones(16 << 20, np.uint8)
+del first
+blocks = [np.ones(2 << 20, np.uint8) for _ in range(100)]
+blocks = blocks[::2]
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")))
+"""
+    held = []
+    for call in ("", "return_large_blocks()"):
+        made = subprocess.run([sys.executable, "-c", program.format(call=call)], capture_output=True, check=True)
+        held.append(int(made.stdout))
+    assert held[0] - held[1] > 90_000, held  # kB
