@@ -70,6 +70,14 @@ def test_the_recommended_artifact_is_taken_and_a_hybrid_is_whole_by_its_own_file
     assert done.returncode == 0 and "onnx_hybrid_int8: " in done.stderr, done.stderr
 
 
+def test_without_its_libraries_it_says_what_to_install(onnx_bundle):
+    """As on a board where nothing was installed yet."""
+    command = [sys.executable, "-B", "-I", "-S", str(onnx_bundle / "python/generate.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "numpy is not installed; in the bundle's folder: python3 -m venv" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_int8_cache_is_fed_as_it_is(onnx_bundle):
     done = run(onnx_bundle, PROMPT, "--max-tokens", "4", "--artifact", INT8_CACHE)
     assert done.returncode == 0 and f"{INT8_CACHE}: " in done.stderr, done.stderr

@@ -19,8 +19,12 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-from tokenizers import Tokenizer
+try:
+    import numpy as np
+    from tokenizers import Tokenizer
+except ModuleNotFoundError as error:
+    setup = "python3 -m venv ../venv && ../venv/bin/pip install numpy tokenizers onnxruntime"
+    sys.exit(f"{error.name} is not installed; in the bundle's folder: {setup}")
 
 BUNDLE = Path(__file__).resolve().parent.parent
 LIBRARIES = {"onnx": "onnxruntime", "tflite": "ai_edge_litert"}
