@@ -34,6 +34,7 @@ def open_packed(opener: Opener, folder: Path) -> OnnxSession:
     if not place.is_dir():
         onnx_packed.make(place, opener.pack)
     try:
+        onnx_packed.check(place)
         decode = opener.open(place / onnx_packed.DECODE)
         if artifact.prompt is not None:
             return HybridSession(artifact, decode, opener.open(place / onnx_packed.PROMPT), ort)

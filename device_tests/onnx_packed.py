@@ -4,21 +4,22 @@ ONNX Runtime copies every matrix into memory in an order of its own. It can also
 disk and map that (``session.save_external_prepacked_constant_initializers``). Then no weight is in the process's own memory: the pages
 are the system's, which drops and reads them again as it needs. It takes more than three times the artifact on disk.
 
-Packed weights are right for one runtime and one processor only, so both are in the folder's name. That the bytes are what the kernels would
-make now is checked by ONNX Runtime when it opens them.
+Packed weights are right for one runtime and one processor only, so both are in the folder's name. ONNX Runtime compares only some of the
+bytes with what its kernels would make, so their hashes lie beside them and are checked before every opening.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
 
-from device_tests.artifact import Artifact
-from device_tests.errors import DeviceTestError
+from device_tests.artifact import BLOCK_BYTES, Artifact
+from device_tests.errors import ArtifactFailure, DeviceTestError
 
-DECODE, PROMPT = "decode.onnx", "prompt.onnx"
+DECODE, PROMPT, SUMS = "decode.onnx", "prompt.onnx", "sha256.json"
 LEAST_BYTES = 1024  # smaller initializers stay in the graph's file
 CPU_INFO = Path("/proc/cpuinfo")
 TELLING = ("model name", "flags", "Features", "CPU implementer", "CPU architecture", "CPU variant", "CPU part")
@@ -50,12 +51,34 @@ def save_to(options, graph: Path) -> None:
         options.add_session_config_entry(key, value)
 
 
+def check(place: Path) -> None:
+    """ArtifactFailure, naming the file, unless every file in ``place`` is as it was packed."""
+    try:
+        sums = json.loads((place / SUMS).read_text(encoding="utf-8"))
+        spoilt = [name for name, digest in sums.items() if file_sha256(place / name) != digest]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArtifactFailure(f"{place}: its hashes cannot be checked ({error})") from error
+    if spoilt or not {DECODE} <= sums.keys():
+        raise ArtifactFailure(f"{place}: {', '.join(spoilt) or DECODE} is not as it was packed")
+
+
+def file_sha256(path: Path) -> str:
+    """Of all its bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(BLOCK_BYTES), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def make(place: Path, pack) -> None:
     """Fill ``place``, whole or not at all; ``pack(folder)`` writes the graphs there. DeviceTestError where the folder cannot be written."""
     draft = place.with_name(f"{place.name}.{os.getpid()}.draft")
     try:
         draft.mkdir(parents=True)
         pack(draft)
+        sums = {path.name: file_sha256(path) for path in draft.iterdir()}
+        (draft / SUMS).write_text(json.dumps(sums), encoding="utf-8")
         os.replace(draft, place)
     except OSError as error:
         if not place.is_dir():  # else another process was quicker
