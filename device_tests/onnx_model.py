@@ -31,10 +31,12 @@ def open_packed(opener: Opener, folder: Path) -> OnnxSession:
     """From the packed form in ``folder``, which is made first where it is not there yet."""
     artifact, ort = opener.artifact, opener.ort
     place = onnx_packed.packed_place(folder, artifact, ort.__version__)
-    if not place.is_dir():
+    kept = place.is_dir()
+    if not kept:
         onnx_packed.make(place, opener.pack)
     try:
-        onnx_packed.check(place)
+        if kept:
+            onnx_packed.check(place)
         decode = opener.open(place / onnx_packed.DECODE)
         if artifact.prompt is not None:
             return HybridSession(artifact, decode, opener.open(place / onnx_packed.PROMPT), ort)

@@ -16,7 +16,7 @@ import os
 import shutil
 from pathlib import Path
 
-from device_tests.artifact import BLOCK_BYTES, Artifact
+from device_tests.artifact import Artifact, sha256_of
 from device_tests.errors import ArtifactFailure, DeviceTestError
 
 DECODE, PROMPT, SUMS = "decode.onnx", "prompt.onnx", "sha256.json"
@@ -55,20 +55,11 @@ def check(place: Path) -> None:
     """ArtifactFailure, naming the file, unless every file in ``place`` is as it was packed."""
     try:
         sums = json.loads((place / SUMS).read_text(encoding="utf-8"))
-        spoilt = [name for name, digest in sums.items() if file_sha256(place / name) != digest]
+        spoilt = [name for name, digest in sums.items() if sha256_of(place / name) != digest]
     except (OSError, ValueError, AttributeError) as error:
         raise ArtifactFailure(f"{place}: its hashes cannot be checked ({error})") from error
     if spoilt or not {DECODE} <= sums.keys():
         raise ArtifactFailure(f"{place}: {', '.join(spoilt) or DECODE} is not as it was packed")
-
-
-def file_sha256(path: Path) -> str:
-    """Of all its bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(BLOCK_BYTES), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def make(place: Path, pack) -> None:
@@ -77,7 +68,7 @@ def make(place: Path, pack) -> None:
     try:
         draft.mkdir(parents=True)
         pack(draft)
-        sums = {path.name: file_sha256(path) for path in draft.iterdir()}
+        sums = {path.name: sha256_of(path) for path in draft.iterdir()}
         (draft / SUMS).write_text(json.dumps(sums), encoding="utf-8")
         os.replace(draft, place)
     except OSError as error:

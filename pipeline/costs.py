@@ -14,7 +14,7 @@ from pathlib import Path
 from device_tests.board import describe
 from models.errors import UserError
 from pipeline.bench_rows import Tell, attempt
-from pipeline.bench_sizes import with_random_weights
+from pipeline.bench_sizes import SHARED, with_random_weights
 from pipeline.fit_shape import parameters, shape_of_config
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.runner import StageRun, as_rows
@@ -39,7 +39,11 @@ class CostSize:
 def sizes() -> dict[str, CostSize]:
     """The sizes by name, smallest first."""
     table = tomllib.loads(SIZES.read_text(encoding="utf-8"))
-    return {name: CostSize(name, **{**entry, "settings": tuple(entry["settings"])}) for name, entry in table.items()}
+    every, random = (tuple(table.pop(shared)["settings"]) for shared in SHARED)
+    return {
+        name: CostSize(name, **{**entry, "settings": (*every, *(random if "config" in entry else ()), *entry.get("settings", ()))})
+        for name, entry in table.items()
+    }
 
 
 def size_named(name: str) -> CostSize:
